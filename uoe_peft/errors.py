@@ -1,0 +1,5 @@
+"""What can go wrong, by name."""
+
+
+class UnsupportedModelError(ValueError):
+    """The model has no Mixture-of-Experts block that this package knows how to read or edit."""

@@ -1,0 +1,164 @@
+"""Find a model's Mixture-of-Experts blocks: layer, experts module, router module, sizes.
+
+Families are told by structure, never by name: an experts module is one whose storage :mod:`uoe_peft.moe.experts`
+can read, and its router is the neighbour that holds a matrix with one row for each expert.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from uoe_peft.errors import UnsupportedModelError
+from uoe_peft.moe.experts import ExpertStorage, ListedExperts, expert_storage, unwrap
+
+
+@dataclass(frozen=True, eq=False)
+class MoEBlock:
+    """One Mixture-of-Experts block of a model.
+
+    Attributes:
+        layer_idx: Index of the decoder layer, as in `model.layers.20`; not a count of MoE layers.
+        experts_name: Path of the experts module in the model.
+        router_name: Path of the router module in the model.
+        experts: The experts module; where an adapter wraps it, the wrapper, so that hooks see the adapter's effect.
+        router: The router module, likewise.
+        storage: Access to single experts of the unwrapped experts module.
+        gate_name: Name, inside the unwrapped router, of the matrix that maps hidden states to router logits.
+        num_experts: Number of routed experts, E.
+        hidden_size: Input size of the router's matrix, H.
+    """
+
+    layer_idx: int
+    experts_name: str
+    router_name: str
+    experts: nn.Module
+    router: nn.Module
+    storage: ExpertStorage
+    gate_name: str
+    num_experts: int
+    hidden_size: int
+
+
+def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
+    """The Mixture-of-Experts blocks of a model, ordered by decoder layer.
+
+    Args:
+        model: Any model with routed experts, wrapped by PEFT or not. Names are paths inside this very module.
+
+    Returns:
+        One block for each decoder layer with routed experts.
+
+    Raises:
+        UnsupportedModelError: The model has no routed experts; or an experts module has no router beside it; or a
+            decoder layer has several blocks, so that a layer index does not name one.
+    """
+    blocks = [_block(model, name, storage) for name, storage in _experts_modules(model)]
+    if not blocks:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no Mixture-of-Experts block; expected a module with stacked expert "
+            "parameters (gate_up_proj or up_proj, and down_proj) or a list of expert MLPs beside a router. "
+            "Load a Mixture-of-Experts model such as Qwen1.5-MoE, OLMoE or Mixtral"
+        )
+    blocks = _of_text_decoder(model, blocks)
+    return sorted(blocks, key=lambda block: block.layer_idx)
+
+
+def _experts_modules(model: nn.Module) -> Iterator[tuple[str, ExpertStorage]]:
+    for name, module in model.named_modules():
+        if "base_layer" in name.split("."):
+            continue  # reached through its wrapper
+        storage = expert_storage(unwrap(module))
+        if storage is None:
+            continue
+        listed = isinstance(storage, ListedExperts)
+        # A list of MLPs may be anything (vision stages, say): only a router beside it makes them experts.
+        if not listed or _router_beside(model, name, storage.num_experts) is not None:
+            yield name, storage
+
+
+def _block(model: nn.Module, experts_name: str, storage: ExpertStorage) -> MoEBlock:
+    found = _router_beside(model, experts_name, storage.num_experts)
+    if found is None:
+        raise UnsupportedModelError(
+            f"no router beside {experts_name} of {type(model).__name__}: expected a neighbouring module with a matrix "
+            f"of {storage.num_experts} rows, one for each expert"
+        )
+    router_name, gate_name, hidden_size = found
+    return MoEBlock(
+        layer_idx=_layer_idx(experts_name),
+        experts_name=experts_name,
+        router_name=router_name,
+        experts=model.get_submodule(experts_name),
+        router=model.get_submodule(router_name),
+        storage=storage,
+        gate_name=gate_name,
+        num_experts=storage.num_experts,
+        hidden_size=hidden_size,
+    )
+
+
+def _router_beside(model: nn.Module, experts_name: str, num_experts: int) -> tuple[str, str, int] | None:
+    """Path of the router of an experts module, the name of its matrix, and the matrix' input size."""
+    parent_name, _, own_name = experts_name.rpartition(".")
+    candidates = []
+    for child_name, child in model.get_submodule(parent_name).named_children():
+        gate = None if child_name == own_name else _gate_matrix(unwrap(child), num_experts)
+        if gate is None:
+            continue
+        # A shared expert may by chance have as many rows as there are experts, but it is never called a router, and
+        # it is larger than one.
+        named_router = any(word in f"{child_name} {type(unwrap(child)).__name__}".lower() for word in ("gat", "rout"))
+        size = sum(parameter.numel() for parameter in unwrap(child).parameters())
+        path = f"{parent_name}.{child_name}" if parent_name else child_name
+        candidates.append((not named_router, size, path, *gate))
+    if not candidates:
+        return None
+    _, _, router_name, gate_name, hidden_size = min(candidates)
+    return router_name, gate_name, hidden_size
+
+
+def _gate_matrix(module: nn.Module, num_experts: int) -> tuple[str, int] | None:
+    """Name and input size of the matrix that yields router logits: the last one with a row for each expert.
+
+    Some routers know classes that compute nothing (a skip expert, identity experts) and have more rows than experts;
+    an exact match goes first.
+    """
+    matrices = [(name, p.shape) for name, p in module.named_parameters() if p.dim() == 2]
+    exact = [(name, shape[1]) for name, shape in matrices if shape[0] == num_experts]
+    wider = [(name, shape[1]) for name, shape in matrices if num_experts < shape[0] <= 2 * num_experts]
+    return next(reversed(exact or wider), None)
+
+
+def _layer_idx(name: str) -> int:
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    if not numbers:
+        raise UnsupportedModelError(
+            f"cannot tell the decoder layer of {name}: expected a path with a layer index, as in model.layers.3.mlp"
+        )
+    return numbers[0]
+
+
+def _of_text_decoder(model: nn.Module, blocks: list[MoEBlock]) -> list[MoEBlock]:
+    """The blocks of the text decoder, where other towers (vision, speech) have experts of their own."""
+    if _repeated_layer(blocks) is None:
+        return blocks
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    names = [name for name, module in model.named_modules() if module is decoder]
+    inside = [block for block in blocks if any(block.experts_name.startswith(f"{name}.") for name in names)]
+    repeated = _repeated_layer(inside or blocks)
+    if repeated is not None:
+        paths = sorted(block.experts_name for block in inside or blocks if block.layer_idx == repeated)
+        raise UnsupportedModelError(
+            f"layer {repeated} of {type(model).__name__} has several Mixture-of-Experts blocks ({', '.join(paths)}); "
+            "a layer index must name one: pass the text decoder alone"
+        )
+    return inside
+
+
+def _repeated_layer(blocks: list[MoEBlock]) -> int | None:
+    counts = Counter(block.layer_idx for block in blocks)
+    return next((layer_idx for layer_idx, count in sorted(counts.items()) if count > 1), None)

@@ -1,0 +1,229 @@
+"""How an experts module stores its experts, and what one of them computes.
+
+Letters: E experts, M of them edited, T tokens, N of them routed to one expert, K experts per token, H hidden size,
+I expert intermediate size.
+
+Three ways of storing experts are known, each found by its structure and never by a family's name:
+
+| layout | storage of a projection |
+|---|---|
+| stacked | one 3-D parameter of shape `(E, out, in)`, or `(E, in, out)` where the module says `is_transposed` |
+| flattened | one 2-D parameter of shape `(E * I, H)` in an inner module (dbrx) |
+| listed | an `nn.ModuleList` or `nn.ModuleDict` of MLPs that hold `nn.Linear` modules |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """The tokens of one call of an experts module that are routed to one expert.
+
+    Attributes:
+        row: Row of each such token in the call's output, flattened to `(rows, H)`. Shape `(N,)`.
+        hidden_states: The expert's inputs. Shape `(N, H)`.
+        weight: What the call multiplies the expert's outputs by. Shape `(N, 1)`.
+    """
+
+    row: Tensor
+    hidden_states: Tensor
+    weight: Tensor
+
+
+class ExpertStorage(ABC):
+    """Read and write access to single experts of one experts module."""
+
+    def __init__(self, module: nn.Module, *, num_experts: int) -> None:
+        self.module = module
+        self.num_experts = num_experts
+
+    @property
+    @abstractmethod
+    def projections(self) -> tuple[str, ...]:
+        """Names of the weight matrices that every expert has, in the order in which they are applied."""
+
+    @abstractmethod
+    def weight(self, projection: str, expert_idx: int) -> Tensor:
+        """The matrix of one expert as it lies in memory: a view, so that writing to it edits the model."""
+
+    @abstractmethod
+    def forward_expert(self, hidden_states: Tensor, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """Output of one expert computed with other matrices than its own.
+
+        Args:
+            hidden_states: Inputs of the expert. Shape `(N, H)`.
+            expert_idx: Which expert's biases and constants to use.
+            weights: A matrix for each projection, in the layout of :meth:`weight`.
+
+        Returns:
+            Unweighted outputs. Shape `(N, H)`.
+        """
+
+    def is_transposed(self, projection: str) -> bool:
+        """Whether :meth:`weight` has shape `(in, out)` rather than `(out, in)`."""
+        return False
+
+    def routed_tokens(self, expert_idx: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RoutedTokens:
+        """The tokens that a call `module(*args, **kwargs)` sends to one expert.
+
+        The contract is `(hidden_states, top_k_index, top_k_weights)`: shapes `(T, H)`, `(T, K)`, `(T, K)`.
+        """
+        hidden_states, top_k_index, top_k_weights = (*args, *kwargs.values())
+        row, position = torch.where(top_k_index == expert_idx)
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
+        return RoutedTokens(row, flat[row], top_k_weights[row, position].unsqueeze(-1))
+
+
+class StackedExperts(ExpertStorage):
+    """Experts as 3-D parameters: the contract of `transformers`' `use_experts_implementation`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._up_name = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
+        up, down = cast(Tensor, getattr(module, self._up_name)), cast(Tensor, module.down_proj)
+        super().__init__(module, num_experts=down.shape[0])
+        # Modules outside the contract carry no flag: there the hidden size is the dimension that both stacks share.
+        shapes_say_transposed = down.shape[2] == up.shape[1] and down.shape[1] != up.shape[2]
+        self._transposed = bool(getattr(module, "is_transposed", shapes_say_transposed))
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether the module owns the stacks of this layout."""
+        stacks = {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
+        return "down_proj" in stacks and ("gate_up_proj" in stacks or "up_proj" in stacks)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return self._up_name, "down_proj"
+
+    def weight(self, projection: str, expert_idx: int) -> Tensor:
+        return cast(Tensor, getattr(self.module, projection))[expert_idx]
+
+    def is_transposed(self, projection: str) -> bool:
+        return self._transposed
+
+    def forward_expert(self, hidden_states: Tensor, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
+        hidden = self._linear(hidden_states, self._up_name, expert_idx, weights)  # (N, 2I) or (N, I)
+        hidden = self._activate(hidden)  # (N, I)
+        hidden = self._linear(hidden, "down_proj", expert_idx, weights)  # (N, H)
+        if getattr(self.module, "has_post_expert_norm", False):
+            hidden = cast(nn.Module, self.module.post_expert_norm)(hidden)
+        return hidden
+
+    def routed_tokens(self, expert_idx: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RoutedTokens:
+        if len(args) + len(kwargs) > 1:
+            return super().routed_tokens(expert_idx, args, kwargs)
+        # Dense contract (llama4): one input of shape (E * T, H) holds all tokens for every expert in turn, already
+        # weighted, and zero where a token is not routed to the expert.
+        (hidden_states,) = (*args, *kwargs.values())
+        num_tokens = hidden_states.shape[0] // self.num_experts
+        own = hidden_states[expert_idx * num_tokens : (expert_idx + 1) * num_tokens]  # (T, H)
+        token = own.any(dim=-1).nonzero().squeeze(-1)  # (N,)
+        return RoutedTokens(token + expert_idx * num_tokens, own[token], own.new_ones(len(token), 1))
+
+    def _linear(self, x: Tensor, projection: str, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
+        weight = weights[projection].transpose(0, 1) if self._transposed else weights[projection]
+        bias = getattr(self.module, f"{projection}_bias", None)
+        return F.linear(x, weight, None if bias is None else bias[expert_idx])
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        act_fn = getattr(self.module, "act_fn", None)
+        if self._up_name == "up_proj":
+            return cast(Tensor, cast(nn.Module, act_fn)(hidden))
+        if hasattr(self.module, "_apply_gate"):
+            return cast(Tensor, self.module._apply_gate(hidden))  # type: ignore[operator]
+        gate, up = hidden.chunk(2, dim=-1)
+        return cast(Tensor, cast(nn.Module, act_fn)(gate) * up)
+
+
+class FlattenedExperts(ExpertStorage):
+    """Experts as row blocks of 2-D parameters in `module.mlp`, which takes the blocks as arguments (dbrx)."""
+
+    _NAMES = ("w1", "v1", "w2")  # the argument order of the inner module's forward
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, num_experts=cast(int, module.num_experts))
+        self._mlp = cast(nn.Module, module.mlp)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether the module has an inner module with the three flattened parameters."""
+        mlp = module._modules.get("mlp")
+        return (
+            mlp is not None
+            and hasattr(module, "num_experts")
+            and all(name in mlp._parameters for name in FlattenedExperts._NAMES)
+        )
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return self._NAMES
+
+    def weight(self, projection: str, expert_idx: int) -> Tensor:
+        flat = cast(Tensor, getattr(self._mlp, projection))  # (E * I, H)
+        return flat.view(self.num_experts, -1, flat.shape[-1])[expert_idx]  # (I, H)
+
+    def is_transposed(self, projection: str) -> bool:
+        return projection == "w2"  # (I, H) maps I to H, unlike w1 and v1
+
+    def forward_expert(self, hidden_states: Tensor, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
+        w1, v1, w2 = (weights[name] for name in self._NAMES)
+        return cast(Tensor, self._mlp(hidden_states, w1, v1, w2))
+
+
+class ListedExperts(ExpertStorage):
+    """Experts as separate MLP modules: remote code, older checkpoints, layers quantised expert by expert."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._experts = [unwrap(expert) for expert in module.children()]
+        super().__init__(module, num_experts=len(self._experts))
+        self._names = tuple(n for n, m in self._experts[0].named_modules() if isinstance(m, nn.Linear))
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether the module lists two or more modules of one class that hold two or more linear layers."""
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or len(module) < 2:
+            return False
+        experts = [unwrap(expert) for expert in module.children()]
+        num_linear = sum(isinstance(m, nn.Linear) for m in experts[0].modules())
+        return len({type(expert) for expert in experts}) == 1 and 2 <= num_linear <= 3
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return self._names
+
+    def child_name(self, expert_idx: int) -> str:
+        """Name of one expert's module inside the list."""
+        return list(self.module._modules)[expert_idx]
+
+    def weight(self, projection: str, expert_idx: int) -> Tensor:
+        return cast(Tensor, self._experts[expert_idx].get_submodule(projection).weight)
+
+    def forward_expert(self, hidden_states: Tensor, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
+        substitutes = {f"{name}.weight": weight for name, weight in weights.items()}
+        return cast(
+            Tensor, torch.func.functional_call(self._experts[expert_idx], substitutes, (hidden_states,))
+        )
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module under any adapter wrappers (PEFT keeps what it wraps in `base_layer`)."""
+    while "base_layer" in module._modules:
+        module = module.get_submodule("base_layer")
+    return module
+
+
+def expert_storage(module: nn.Module) -> ExpertStorage | None:
+    """The storage of an experts module, or None if the module holds no experts that can be told apart."""
+    for storage in (StackedExperts, FlattenedExperts, ListedExperts):
+        if storage.fits(module):
+            return storage(module)
+    return None

@@ -1,0 +1,322 @@
+"""The delta of expert slices and the delta of a router: forward, merge, unmerge.
+
+Letters: E experts of a layer, M of them edited by an adapter, N tokens routed to one expert, H hidden size, R rank.
+A *slice* is what one expert contributes to a stacked parameter, or the router's whole matrix.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from uoe_peft.moe import ExpertStorage
+from uoe_peft.tuner.config import UOEConfig
+
+SliceKey = tuple[str, int]  # (projection, expert_idx)
+
+
+class UOELayer(nn.Module, BaseTunerLayer):
+    """Deltas of single slices of one module, for any number of adapters.
+
+    An adapter's delta of a projection is one parameter for all the experts that it edits here: `uoe_delta`, shape
+    `(M, *slice)`, or the factors `uoe_A`, shape `(M, R, in)`, and `uoe_B`, shape `(M, out, R)`.
+    """
+
+    adapter_layer_names = ("uoe_delta", "uoe_A", "uoe_B")
+    other_param_names = ("r", "uoe_alpha", "scaling", "initial_scaling", "target_indices")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.uoe_delta = nn.ModuleDict()
+        self.uoe_A = nn.ModuleDict()
+        self.uoe_B = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.uoe_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.initial_scaling: dict[str, float] = {}
+        self.target_indices: dict[str, list[int]] = {}
+        self._originals: dict[SliceKey, Tensor] = {}  # slices as they were before the first merge
+        self._active_adapter = adapter_name
+        self.merged_adapters = []
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever the wrapper lacks is the wrapped module's: blocks read sizes and flags from what they call."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    @abstractmethod
+    def base_slice(self, projection: str, index: int) -> Tensor:
+        """The slice as it lies in memory: a view, so that writing to it edits the model."""
+
+    def is_transposed(self, projection: str) -> bool:
+        """Whether :meth:`base_slice` has shape `(in, out)` rather than `(out, in)`."""
+        return False
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: UOEConfig,
+        *,
+        projections: Sequence[str],
+        indices: Sequence[int],
+        delta_type: str,
+    ) -> None:
+        """Add an adapter that edits the given slices.
+
+        Args:
+            adapter_name: Name of the adapter, new to this layer.
+            config: Ranks, scales and initialisation.
+            projections: Which projections get a delta.
+            indices: Which experts get a delta, M of them, in ascending order.
+            delta_type: "full" or "low_rank".
+        """
+        self.target_indices[adapter_name] = list(indices)
+        self.r[adapter_name], self.uoe_alpha[adapter_name] = config.r, config.uoe_alpha
+        low_rank_scale = config.uoe_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+        self.initial_scaling[adapter_name] = low_rank_scale if delta_type == "low_rank" else 1.0
+        self.scaling[adapter_name] = self.initial_scaling[adapter_name]
+        if delta_type == "full":
+            self.uoe_delta[adapter_name] = nn.ParameterDict({p: self._empty(p, indices) for p in projections})
+        else:
+            self.uoe_A[adapter_name] = nn.ParameterDict({p: self._empty_a(p, indices, config.r) for p in projections})
+            self.uoe_B[adapter_name] = nn.ParameterDict({p: self._empty_b(p, indices, config.r) for p in projections})
+        self.reset_uoe_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _empty(self, projection: str, indices: Sequence[int]) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(len(indices), *self.base_slice(projection, indices[0]).shape))
+
+    def _empty_a(self, projection: str, indices: Sequence[int], rank: int) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(len(indices), rank, self._in_out(projection, indices[0])[0]))
+
+    def _empty_b(self, projection: str, indices: Sequence[int], rank: int) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(len(indices), self._in_out(projection, indices[0])[1], rank))
+
+    def _in_out(self, projection: str, index: int) -> tuple[int, int]:
+        rows, columns = self.base_slice(projection, index).shape
+        return (rows, columns) if self.is_transposed(projection) else (columns, rows)
+
+    @torch.no_grad()
+    def reset_uoe_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
+        """Initialise an adapter: see `init_weights` of :class:`UOEConfig`."""
+        for factors in (d[adapter_name] for d in (self.uoe_delta, self.uoe_A, self.uoe_B) if adapter_name in d):
+            for parameter in cast(nn.ParameterDict, factors).values():
+                # The standard deviation keeps the output of a random delta near that of the slice, whatever its size.
+                random = init_weights is False or factors is self.uoe_A._modules.get(adapter_name)
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5) if random else nn.init.zeros_(parameter)
+        if init_weights == "zero_expert":
+            self._cancel_last_projection(adapter_name)
+
+    def _cancel_last_projection(self, adapter_name: str) -> None:
+        """Make the edited experts contribute nothing. Only experts can be cancelled, so a router stays as it is."""
+
+    def get_delta_weight(self, adapter_name: str, projection: str, index: int) -> Tensor:
+        """An adapter's delta of one slice, scaled, in the layout of :meth:`base_slice` and in the adapter's dtype."""
+        position = self.target_indices[adapter_name].index(index)
+        scaling = self.scaling[adapter_name]
+        if adapter_name in self.uoe_delta:
+            delta = cast(nn.ParameterDict, self.uoe_delta[adapter_name])[projection][position]
+            return delta if scaling == 1 else delta * scaling
+        factor_a = cast(nn.ParameterDict, self.uoe_A[adapter_name])[projection][position]  # (R, in)
+        factor_b = cast(nn.ParameterDict, self.uoe_B[adapter_name])[projection][position]  # (out, R)
+        delta = (factor_b @ factor_a) * scaling
+        return delta.transpose(0, 1) if self.is_transposed(projection) else delta
+
+    def edited_slice(self, projection: str, index: int, adapters: Sequence[str]) -> Tensor:
+        """A slice with the deltas of several adapters added in float32 and rounded once to the slice's dtype.
+
+        The forward pass uses the rounded slice, so training sees exactly what a merge will write.
+        """
+        base = self._originals.get((projection, index))
+        base = self.base_slice(projection, index) if base is None else base
+        precise = torch.promote_types(base.dtype, torch.float32)
+        total = base.to(precise)
+        for adapter_name in adapters:
+            total = total + self.get_delta_weight(adapter_name, projection, index).to(precise)
+        return total.to(base.dtype)
+
+    def edited_keys(self, adapters: Sequence[str]) -> dict[SliceKey, list[str]]:
+        """Which slices the given adapters edit, and which of the adapters edit each."""
+        keys: dict[SliceKey, list[str]] = {}
+        for adapter_name in adapters:
+            store = self.uoe_delta if adapter_name in self.uoe_delta else self.uoe_A
+            if adapter_name not in store:
+                continue
+            for index in self.target_indices[adapter_name]:
+                for projection in cast(nn.ParameterDict, store[adapter_name]):
+                    keys.setdefault((projection, index), []).append(adapter_name)
+        return keys
+
+    def adapters_to_apply(self) -> list[str]:
+        """The adapters that this forward pass must add: none where they are disabled or merged."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.target_indices]
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the deltas into the base slices; the slices are kept aside, so that unmerging restores every bit.
+
+        Args:
+            safe_merge: Check the merged slices before any is written.
+            adapter_names: Which adapters to merge; None: the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found a value that is not finite.
+            RuntimeError: The base slices are sharded, offloaded or quantised, and cannot be written.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.target_indices]
+        keys = self.edited_keys([*self.merged_adapters, *names])
+        merged = {key: self.edited_slice(*key, adapters=adapters) for key, adapters in keys.items()}
+        for key, slice_ in merged.items():
+            self._check_writable(key)
+            if safe_merge and not torch.isfinite(slice_).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(keys[key])} seems to be broken"
+                )
+        for key, slice_ in merged.items():
+            self._originals.setdefault(key, self.base_slice(*key).clone())
+            self.base_slice(*key).copy_(slice_)
+        self.merged_adapters.extend(names)
+
+    def _check_writable(self, key: SliceKey) -> None:
+        base = self.base_slice(*key)
+        reason = None
+        if isinstance(base, DTensor):
+            reason = "sharded over processes: gather the model first"
+        elif base.is_meta:
+            reason = "offloaded: load the model onto a device first"
+        elif not base.is_floating_point():
+            reason = f"quantised ({base.dtype}): load the model in bfloat16 or float32 first"
+        if reason:
+            raise RuntimeError(f"cannot merge into {key[0]} of {type(self.base_layer).__name__}: it is {reason}")
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put back the slices that :meth:`merge` kept aside, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        for key, original in self._originals.items():
+            self.base_slice(*key).copy_(original)
+        self._originals.clear()
+        self.merged_adapters.clear()
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scale of an adapter to its initial scale times `scale`."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = self.initial_scaling[adapter] * scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of all active adapters by `scale`."""
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.scaling:
+                self.scaling[adapter_name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of all active adapters by `scale`; None: back to the initial scale."""
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.scaling:
+                initial = self.initial_scaling[adapter_name]
+                self.scaling[adapter_name] = initial if scale is None else self.scaling[adapter_name] / scale
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        for factors in (d[adapter_name] for d in (self.uoe_delta, self.uoe_A, self.uoe_B) if adapter_name in d):
+            for projection, parameter in cast(nn.ParameterDict, factors).items():
+                base = self.base_slice(projection, self.target_indices[adapter_name][0])
+                if parameter.is_meta or (device is None and base.is_meta):
+                    continue
+                # A quantised base has no dtype to train in.
+                dtype = base.dtype if base.is_floating_point() else parameter.dtype
+                parameter.data = parameter.data.to(device if device is not None else base.device, dtype)
+
+
+class UOEExpertsLayer(UOELayer):
+    """Deltas of experts that are stored stacked in one module.
+
+    The wrapped module runs untouched, with whatever kernel the model uses; then the tokens routed to an edited expert
+    get the difference that the deltas make: `y[t] += weight[t] * (FFN(h[t]; W + delta) - FFN(h[t]; W))`.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *, storage: ExpertStorage) -> None:
+        super().__init__(base_layer, adapter_name)
+        self.storage = storage
+
+    def base_slice(self, projection: str, index: int) -> Tensor:
+        return self.storage.weight(projection, index)
+
+    def is_transposed(self, projection: str) -> bool:
+        return self.storage.is_transposed(projection)
+
+    def _cancel_last_projection(self, adapter_name: str) -> None:
+        deltas = cast(nn.ParameterDict, self.uoe_delta[adapter_name])
+        projection = self.storage.projections[-1]
+        if projection not in deltas:
+            raise ValueError(f'init_weights="zero_expert" needs {projection!r} among target_projections')
+        slices = [self.base_slice(projection, index) for index in self.target_indices[adapter_name]]
+        deltas[projection].copy_(torch.stack(slices).neg())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        adapters = self.adapters_to_apply()
+        result = cast(Tensor, self.base_layer(*args, **kwargs))
+        keys = self.edited_keys(adapters)
+        for index in sorted({index for _, index in keys}):
+            weights = {p: self.edited_slice(p, i, keys[p, i]) for p, i in keys if i == index}
+            result = self._add_correction(result, index, weights, args, kwargs)
+        return result
+
+    def _add_correction(
+        self,
+        result: Tensor,
+        index: int,
+        edited: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Tensor:
+        """The experts' output with one expert's outputs computed from edited matrices."""
+        tokens = self.storage.routed_tokens(index, args, kwargs)
+        base = {projection: self.base_slice(projection, index) for projection in self.storage.projections}
+        after = self.storage.forward_expert(tokens.hidden_states, index, {**base, **edited})  # (N, H)
+        before = self.storage.forward_expert(tokens.hidden_states, index, base)  # (N, H)
+        correction = (tokens.weight * (after - before)).to(result.dtype)
+        flat = result.reshape(-1, result.shape[-1])
+        return flat.index_add(0, tokens.row, correction).view_as(result)
+
+
+class UOESubstituteLayer(UOELayer):
+    """Deltas of whole matrices of a module: a router, or an expert that is a module of its own.
+
+    The wrapped module is called with edited matrices in place of its own, so that a router's top-k, scaling, groups and
+    biases stay as they are.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *, matrices: Mapping[str, str]) -> None:
+        """Args: matrices: Path of the parameter, inside the wrapped module, for each projection's name."""
+        super().__init__(base_layer, adapter_name)
+        self.matrices = dict(matrices)
+
+    def base_slice(self, projection: str, index: int) -> Tensor:
+        return self.get_base_layer().get_parameter(self.matrices[projection])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        keys = self.edited_keys(self.adapters_to_apply())
+        if not keys:
+            return self.base_layer(*args, **kwargs)
+        substitutes = {self.matrices[p]: self.edited_slice(p, i, keys[p, i]) for p, i in keys}
+        return torch.func.functional_call(self.base_layer, substitutes, args, kwargs)
