@@ -28,12 +28,16 @@ from torch import Tensor, nn
 class RoutedTokens:
     """The tokens of one call of an experts module that are routed to one expert.
 
+    While a graph is compiled, N is T and tokens of other experts have weight 0: shapes must not depend on the data.
+
     Attributes:
+        token: Index of each such token in the batch, flattened to T tokens. Shape `(N,)`.
         row: Row of each such token in the call's output, flattened to `(rows, H)`. Shape `(N,)`.
         hidden_states: The expert's inputs. Shape `(N, H)`.
         weight: What the call multiplies the expert's outputs by. Shape `(N, 1)`.
     """
 
+    token: Tensor
     row: Tensor
     hidden_states: Tensor
     weight: Tensor
@@ -72,15 +76,24 @@ class ExpertStorage(ABC):
         """Whether :meth:`weight` has shape `(in, out)` rather than `(out, in)`."""
         return False
 
+    def num_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """Number of tokens, T, in the batch of a call `module(*args, **kwargs)`."""
+        hidden_states = next(iter((*args, *kwargs.values())))
+        return int(hidden_states.shape[:-1].numel())
+
     def routed_tokens(self, expert_idx: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RoutedTokens:
         """The tokens that a call `module(*args, **kwargs)` sends to one expert.
 
         The contract is `(hidden_states, top_k_index, top_k_weights)`: shapes `(T, H)`, `(T, K)`, `(T, K)`.
         """
         hidden_states, top_k_index, top_k_weights = (*args, *kwargs.values())
-        row, position = torch.where(top_k_index == expert_idx)
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        return RoutedTokens(row, flat[row], top_k_weights[row, position].unsqueeze(-1))
+        if torch.compiler.is_compiling():
+            every = torch.arange(flat.shape[0], device=flat.device)
+            weight = torch.where(top_k_index == expert_idx, top_k_weights, 0).sum(dim=-1, keepdim=True)  # (T, 1)
+            return RoutedTokens(every, every, flat, weight)
+        token, position = torch.where(top_k_index == expert_idx)
+        return RoutedTokens(token, token, flat[token], top_k_weights[token, position].unsqueeze(-1))
 
 
 class StackedExperts(ExpertStorage):
@@ -118,16 +131,21 @@ class StackedExperts(ExpertStorage):
             hidden = cast(nn.Module, self.module.post_expert_norm)(hidden)
         return hidden
 
+    def num_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        rows = super().num_tokens(args, kwargs)
+        return rows if len(args) + len(kwargs) > 1 else rows // self.num_experts
+
     def routed_tokens(self, expert_idx: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RoutedTokens:
         if len(args) + len(kwargs) > 1:
             return super().routed_tokens(expert_idx, args, kwargs)
         # Dense contract (llama4): one input of shape (E * T, H) holds all tokens for every expert in turn, already
         # weighted, and zero where a token is not routed to the expert.
         (hidden_states,) = (*args, *kwargs.values())
-        num_tokens = hidden_states.shape[0] // self.num_experts
+        num_tokens = self.num_tokens(args, kwargs)
         own = hidden_states[expert_idx * num_tokens : (expert_idx + 1) * num_tokens]  # (T, H)
-        token = own.any(dim=-1).nonzero().squeeze(-1)  # (N,)
-        return RoutedTokens(token + expert_idx * num_tokens, own[token], own.new_ones(len(token), 1))
+        every = torch.arange(num_tokens, device=own.device)
+        token = every if torch.compiler.is_compiling() else every[own.any(dim=-1)]  # (N,)
+        return RoutedTokens(token, token + expert_idx * num_tokens, own[token], own.new_ones(len(token), 1))
 
     def _linear(self, x: Tensor, projection: str, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
         weight = weights[projection].transpose(0, 1) if self._transposed else weights[projection]
@@ -209,9 +227,7 @@ class ListedExperts(ExpertStorage):
 
     def forward_expert(self, hidden_states: Tensor, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
         substitutes = {f"{name}.weight": weight for name, weight in weights.items()}
-        return cast(
-            Tensor, torch.func.functional_call(self._experts[expert_idx], substitutes, (hidden_states,))
-        )
+        return cast(Tensor, torch.func.functional_call(self._experts[expert_idx], substitutes, (hidden_states,)))
 
 
 def unwrap(module: nn.Module) -> nn.Module:

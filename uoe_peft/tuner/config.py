@@ -102,7 +102,7 @@ class UOEConfig(PeftConfig):
 
 
 def _as_pairs(target_experts: object) -> Pairs:
-    """Sorted `(layer_idx, expert_idx)` pairs from any accepted form; JSON turns tuples to lists and keys to strings."""
+    """Sorted `(layer_idx, expert_idx)` pairs from any accepted form, including what JSON makes of it."""
     given: Iterable[Any]
     if isinstance(target_experts, Mapping):
         given = [(layer, expert) for layer, experts in target_experts.items() for expert in experts]
@@ -123,6 +123,6 @@ def _as_pairs(target_experts: object) -> Pairs:
 
 def _expected_pairs(got: object) -> str:
     return (
-        'target_experts must be non-empty (layer_idx, expert_idx) pairs of integers >= 0, {layer_idx: [expert_idx]}, or '
-        f'"auto", got {got!r}; for example target_experts=attribution.top(1)'
+        "target_experts must be non-empty (layer_idx, expert_idx) pairs of integers >= 0, {layer_idx: [expert_idx]} "
+        f'or "auto", got {got!r}; for example target_experts=attribution.top(1)'
     )

@@ -10,6 +10,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -17,10 +18,28 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from uoe_peft.moe import ExpertStorage
+from uoe_peft.moe import ExpertStorage, RoutedTokens
 from uoe_peft.tuner.config import UOEConfig
 
 SliceKey = tuple[str, int]  # (projection, expert_idx)
+
+
+@dataclass(frozen=True)
+class AppliedGroup:
+    """Adapters whose deltas are added together, and the samples of the batch that they apply to (None: all)."""
+
+    adapters: list[str]
+    samples: list[bool] | None
+
+    def mask(self, num_rows: int, device: torch.device) -> Tensor:
+        """Whether each of `num_rows` rows, the same number for each sample in turn, belongs to such a sample."""
+        samples = torch.tensor(self.samples, device=device)
+        if num_rows % len(samples):
+            raise ValueError(
+                f"adapter_names has {len(samples)} entries, which does not divide the batch's {num_rows} tokens; "
+                "pass one name for each sample"
+            )
+        return samples.repeat_interleave(num_rows // len(samples))
 
 
 class UOELayer(nn.Module, BaseTunerLayer):
@@ -124,6 +143,32 @@ class UOELayer(nn.Module, BaseTunerLayer):
     def _cancel_last_projection(self, adapter_name: str) -> None:
         """Make the edited experts contribute nothing. Only experts can be cancelled, so a router stays as it is."""
 
+    @torch.no_grad()
+    def set_weighted_sum(self, adapter_name: str, weights: Mapping[str, float]) -> None:
+        """Set an adapter's deltas to the weighted sum of other adapters' deltas.
+
+        A low-rank delta is set to the nearest of its rank (truncated singular value decomposition).
+        """
+        for (projection, index), _ in self.edited_keys([adapter_name]).items():
+            sources = self.edited_keys([name for name in weights if name in self.target_indices])
+            total = torch.zeros_like(self.get_delta_weight(adapter_name, projection, index))
+            for name in sources.get((projection, index), []):
+                total = total + weights[name] * self.get_delta_weight(name, projection, index)
+            self._set_delta_weight(adapter_name, projection, index, total)
+
+    def _set_delta_weight(self, adapter_name: str, projection: str, index: int, delta: Tensor) -> None:
+        position = self.target_indices[adapter_name].index(index)
+        delta = delta / self.scaling[adapter_name]
+        if adapter_name in self.uoe_delta:
+            cast(nn.ParameterDict, self.uoe_delta[adapter_name])[projection][position] = delta
+            return
+        delta = delta.transpose(0, 1) if self.is_transposed(projection) else delta
+        left, singular, right = torch.linalg.svd(delta, full_matrices=False)
+        rank = min(self.r[adapter_name], len(singular))
+        root = singular[:rank].sqrt()
+        cast(nn.ParameterDict, self.uoe_A[adapter_name])[projection][position, :rank] = root[:, None] * right[:rank]
+        cast(nn.ParameterDict, self.uoe_B[adapter_name])[projection][position, :, :rank] = left[:, :rank] * root
+
     def get_delta_weight(self, adapter_name: str, projection: str, index: int) -> Tensor:
         """An adapter's delta of one slice, scaled, in the layout of :meth:`base_slice` and in the adapter's dtype."""
         position = self.target_indices[adapter_name].index(index)
@@ -161,13 +206,25 @@ class UOELayer(nn.Module, BaseTunerLayer):
                     keys.setdefault((projection, index), []).append(adapter_name)
         return keys
 
-    def adapters_to_apply(self) -> list[str]:
-        """The adapters that this forward pass must add: none where they are disabled or merged."""
+    def applied_groups(self, adapter_names: Sequence[str] | None) -> list[AppliedGroup]:
+        """What this forward pass must add to which samples: nothing where adapters are disabled or merged.
+
+        Args:
+            adapter_names: In a mixed batch, the adapter of each sample ("__base__" for none); else None.
+
+        Raises:
+            ValueError: A mixed batch while adapters are merged.
+        """
+        if adapter_names is not None and self.merged:
+            raise ValueError("cannot pass adapter_names while adapters are merged; call unmerge_adapter() first")
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             return []
-        return [name for name in self.active_adapters if name in self.target_indices]
+        if adapter_names is None:
+            return [AppliedGroup([name for name in self.active_adapters if name in self.target_indices], None)]
+        distinct = [name for name in dict.fromkeys(adapter_names) if name in self.target_indices]
+        return [AppliedGroup([name], [own == name for own in adapter_names]) for name in distinct]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -272,26 +329,27 @@ class UOEExpertsLayer(UOELayer):
         slices = [self.base_slice(projection, index) for index in self.target_indices[adapter_name]]
         deltas[projection].copy_(torch.stack(slices).neg())
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        adapters = self.adapters_to_apply()
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        groups = self.applied_groups(adapter_names)
         result = cast(Tensor, self.base_layer(*args, **kwargs))
-        keys = self.edited_keys(adapters)
-        for index in sorted({index for _, index in keys}):
-            weights = {p: self.edited_slice(p, i, keys[p, i]) for p, i in keys if i == index}
-            result = self._add_correction(result, index, weights, args, kwargs)
+        for group in groups:
+            keys = self.edited_keys(group.adapters)
+            for index in sorted({index for _, index in keys}):
+                tokens = self.storage.routed_tokens(index, args, kwargs)
+                if group.samples is not None:
+                    num_tokens = self.storage.num_tokens(args, kwargs)
+                    tokens = _of_samples(tokens, group.mask(num_tokens, tokens.token.device))
+                # Under autograd the path runs without tokens, too: data-parallel training waits for every gradient.
+                if len(tokens.token) or torch.is_grad_enabled():
+                    result = self._add_correction(result, index, tokens, keys)
         return result
 
     def _add_correction(
-        self,
-        result: Tensor,
-        index: int,
-        edited: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        self, result: Tensor, index: int, tokens: RoutedTokens, keys: Mapping[SliceKey, list[str]]
     ) -> Tensor:
         """The experts' output with one expert's outputs computed from edited matrices."""
-        tokens = self.storage.routed_tokens(index, args, kwargs)
         base = {projection: self.base_slice(projection, index) for projection in self.storage.projections}
+        edited = {p: self.edited_slice(p, i, adapters) for (p, i), adapters in keys.items() if i == index}
         after = self.storage.forward_expert(tokens.hidden_states, index, {**base, **edited})  # (N, H)
         before = self.storage.forward_expert(tokens.hidden_states, index, base)  # (N, H)
         correction = (tokens.weight * (after - before)).to(result.dtype)
@@ -299,24 +357,64 @@ class UOEExpertsLayer(UOELayer):
         return flat.index_add(0, tokens.row, correction).view_as(result)
 
 
+def _of_samples(tokens: RoutedTokens, mask: Tensor) -> RoutedTokens:
+    """Only the tokens of certain samples. Args: mask: whether each of the batch's T tokens counts. Shape `(T,)`."""
+    keep = mask[tokens.token]
+    return replace(
+        tokens,
+        token=tokens.token[keep],
+        row=tokens.row[keep],
+        hidden_states=tokens.hidden_states[keep],
+        weight=tokens.weight[keep],
+    )
+
+
 class UOESubstituteLayer(UOELayer):
     """Deltas of whole matrices of a module: a router, or an expert that is a module of its own.
 
-    The wrapped module is called with edited matrices in place of its own, so that a router's top-k, scaling, groups and
-    biases stay as they are.
+    The wrapped module is called with edited matrices in place of its own, so that a router's top-k, scaling, groups
+    and biases stay as they are.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, *, matrices: Mapping[str, str]) -> None:
-        """Args: matrices: Path of the parameter, inside the wrapped module, for each projection's name."""
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, *, matrices: Mapping[str, str], is_router: bool
+    ) -> None:
+        """Wrap a module.
+
+        Args:
+            base_layer: The module.
+            adapter_name: Name of the first adapter.
+            matrices: Path of the parameter, inside the module, for each projection's name.
+            is_router: Whether the module is a router, which sees every token of the batch in order.
+        """
         super().__init__(base_layer, adapter_name)
         self.matrices = dict(matrices)
+        self.is_router = is_router
 
     def base_slice(self, projection: str, index: int) -> Tensor:
         return self.get_base_layer().get_parameter(self.matrices[projection])
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        keys = self.edited_keys(self.adapters_to_apply())
-        if not keys:
-            return self.base_layer(*args, **kwargs)
-        substitutes = {self.matrices[p]: self.edited_slice(p, i, keys[p, i]) for p, i in keys}
-        return torch.func.functional_call(self.base_layer, substitutes, args, kwargs)
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        outputs: Any = None
+        for group in self.applied_groups(adapter_names):
+            keys = self.edited_keys(group.adapters)
+            substitutes = {self.matrices[p]: self.edited_slice(p, i, keys[p, i]) for p, i in keys}
+            edited = torch.func.functional_call(self.base_layer, substitutes, args, kwargs) if keys else None
+            if group.samples is None:
+                return edited if keys else self.base_layer(*args, **kwargs)
+            outputs = self.base_layer(*args, **kwargs) if outputs is None else outputs
+            outputs = self._select(group, edited, outputs)
+        return self.base_layer(*args, **kwargs) if outputs is None else outputs
+
+    def _select(self, group: AppliedGroup, edited: Any, outputs: Any) -> Any:
+        """Outputs with the rows of a group's samples taken from the edited module's outputs."""
+        if not self.is_router:
+            raise ValueError(
+                f"adapter_names is not supported where experts are separate modules: {type(self.base_layer).__name__} "
+                "does not see which sample its tokens are of"
+            )
+        if isinstance(outputs, tuple):
+            return tuple(self._select(group, e, o) for e, o in zip(edited, outputs, strict=True))
+        flat = outputs.reshape(-1, outputs.shape[-1])
+        mask = group.mask(flat.shape[0], flat.device).unsqueeze(-1)
+        return torch.where(mask, edited.reshape(flat.shape), flat).view_as(outputs)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -26,7 +29,8 @@ class _Target:
 
     def wrap(self, module: nn.Module, adapter_name: str) -> UOELayer:
         if self.matrices is not None:
-            return UOESubstituteLayer(module, adapter_name, matrices=self.matrices)
+            is_router = module is self.block.router
+            return UOESubstituteLayer(module, adapter_name, matrices=self.matrices, is_router=is_router)
         return UOEExpertsLayer(module, adapter_name, storage=self.block.storage)
 
 
@@ -80,13 +84,117 @@ class UOEModel(BaseTuner):
         # The base class reads `child.weight`, which stacked experts lack; update_layer has placed the parameters.
         setattr(parent, child_name, new_module)
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Literal["linear", "svd", "cat"] = "linear",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter whose deltas are the weighted sum of other adapters' deltas.
+
+        The new adapter edits every expert that one of the others edits. Its deltas are full if one of theirs is.
+
+        Args:
+            adapters: Names of the adapters to combine.
+            weights: A weight for each, of either sign.
+            adapter_name: Name of the new adapter.
+            combination_type: "linear": the exact sum (ranks add up). "svd": the nearest low-rank deltas. "cat": the
+                exact sum of adapters that must edit different experts.
+            svd_rank: Rank for "svd"; None: the largest rank of the adapters.
+
+        Raises:
+            ValueError: An unknown adapter or combination, a taken name, unequal lengths, or for "cat" an expert that
+                two of the adapters edit.
+        """
+        configs = self._configs_to_combine(adapters, weights, adapter_name)
+        pairs = [pair for config in configs for pair in config.target_experts]
+        if combination_type == "cat" and len(set(pairs)) < len(pairs):
+            raise ValueError(f'combination_type="cat" needs adapters of different experts, got {sorted(pairs)}')
+        self.peft_config[adapter_name] = _combined_config(configs, combination_type, svd_rank)
+        self.inject_adapter(self.model, adapter_name)
+        self.set_requires_grad(adapter_name, False)
+        for layer in self.model.modules():
+            if isinstance(layer, UOELayer) and adapter_name in layer.target_indices:
+                layer.set_weighted_sum(adapter_name, dict(zip(adapters, weights, strict=True)))
+
+    def _configs_to_combine(self, adapters: list[str], weights: list[float], adapter_name: str) -> list[UOEConfig]:
+        unknown = sorted(set(adapters) - set(self.peft_config))
+        if unknown or not adapters:
+            raise ValueError(f"adapters {unknown or adapters} not found; the model has {sorted(self.peft_config)}")
+        if len(set(adapters)) < len(adapters):
+            raise ValueError(f"adapters must name each adapter once, got {adapters}")
+        if len(adapters) != len(weights):
+            raise ValueError(f"got {len(adapters)} adapters and {len(weights)} weights; pass one weight for each")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
+        return [self.peft_config[name] for name in adapters]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Mixed batches: hand each layer the adapter of every sample, PEFT's `adapter_names` argument."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("cannot pass adapter_names in training mode; call model.eval() first")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise ValueError(f"adapter_names {unknown} not found; the model has {sorted(self.peft_config)}")
+        beams = kwargs.get("num_beams") or 1
+        per_row = [name for name in adapter_names for _ in range(beams)]
+        layers = [layer for layer in self.model.modules() if isinstance(layer, UOELayer)]
+        hook = partial(_pass_adapter_names, adapter_names=per_row)
+        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_adapter_names(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _combined_config(configs: list[UOEConfig], combination_type: str, svd_rank: int | None) -> UOEConfig:
+    """The config of a weighted sum of adapters."""
+    match combination_type:
+        case "svd":
+            rank, delta_type = svd_rank or max(config.r for config in configs), "low_rank"
+        case "linear" | "cat":
+            rank = sum(config.r for config in configs)
+            delta_type = "full" if any(config.delta_type == "full" for config in configs) else "low_rank"
+        case _:
+            raise ValueError(f'combination_type must be "linear", "svd" or "cat", got {combination_type!r}')
+    routers = {config.router_delta_type for config in configs if config.train_router}
+    projections = [config.target_projections for config in configs]
+    return replace(
+        configs[0],
+        target_experts=sorted({pair for config in configs for pair in config.target_experts}),
+        target_projections=None if None in projections else sorted({p for names in projections for p in names or ()}),
+        delta_type=delta_type,
+        r=rank,
+        uoe_alpha=rank,  # scale 1
+        use_rslora=False,
+        init_weights=True,
+        train_router=bool(routers),
+        router_delta_type="low_rank" if routers == {"low_rank"} else "full",
+        attribution=None,
+        base_experts=None,
+    )
+
 
 def _find_targets(config: UOEConfig, model: nn.Module) -> dict[str, _Target]:
     """What to edit, for each module path."""
     if config.target_experts == "auto":
         raise ValueError(
-            'target_experts="auto" needs a forget set: pass the config to UnlearningTrainer, or call attribute_experts '
-            "and use target_experts=attribution.top(1)"
+            'target_experts="auto" needs a forget set: pass the config to UnlearningTrainer, or call '
+            "attribute_experts and use target_experts=attribution.top(1)"
         )
     blocks = {block.layer_idx: block for block in find_moe_blocks(model)}
     by_layer: dict[int, list[int]] = defaultdict(list)
@@ -107,7 +215,7 @@ def _expert_targets(config: UOEConfig, block: MoEBlock, experts: tuple[int, ...]
     projections = tuple(config.target_projections or storage.projections)
     unknown = sorted(set(projections) - set(storage.projections))
     if unknown:
-        raise ValueError(f"target_projections {unknown} not found in {block.experts_name}; it has {storage.projections}")
+        raise ValueError(f"{block.experts_name} has no target_projections {unknown}; it has {storage.projections}")
     if not isinstance(storage, ListedExperts):
         return {block.experts_name: _Target(block, projections, experts, config.delta_type, None)}
     matrices = {projection.replace(".", "_"): f"{projection}.weight" for projection in projections}
@@ -126,8 +234,8 @@ def _check_pair(layer_idx: int, expert_idx: int, blocks: dict[int, MoEBlock], mo
     name = type(model).__name__
     if layer_idx not in blocks:
         raise ValueError(
-            f"layer {layer_idx} of {name} has no Mixture-of-Experts block; got target_experts with layer_idx={layer_idx}, "
-            f"use one of {sorted(blocks)}"
+            f"layer {layer_idx} of {name} has no Mixture-of-Experts block, got layer_idx={layer_idx} in "
+            f"target_experts; use one of {sorted(blocks)}"
         )
     num_experts = blocks[layer_idx].num_experts
     if expert_idx >= num_experts:
@@ -138,7 +246,7 @@ def _check_pair(layer_idx: int, expert_idx: int, blocks: dict[int, MoEBlock], mo
 
 
 def _check_same_base(config: UOEConfig, blocks: dict[str, MoEBlock], model: nn.Module) -> None:
-    """Record what the target layers look like; or, for an adapter that was saved, compare with what it was made for."""
+    """Record what the target layers look like; or compare with what a saved adapter was made for."""
     found = {layer: _describe(block) for layer, block in blocks.items()}
     if config.base_experts is not None and config.base_experts != found:
         differing = sorted(layer for layer in found if config.base_experts.get(layer) != found[layer])
