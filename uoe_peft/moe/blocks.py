@@ -68,9 +68,12 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
 
 
 def _experts_modules(model: nn.Module) -> Iterator[tuple[str, ExpertStorage]]:
+    wrappers: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if "base_layer" in name.split("."):
-            continue  # reached through its wrapper
+        if name.startswith(wrappers):
+            continue  # what a wrapper wraps is reached through it, and an adapter's own stacks are no experts
+        if "base_layer" in module._modules:
+            wrappers = (*wrappers, f"{name}.")
         storage = expert_storage(unwrap(module))
         if storage is None:
             continue

@@ -240,9 +240,10 @@ class UOELayer(nn.Module, BaseTunerLayer):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.target_indices]
         keys = self.edited_keys([*self.merged_adapters, *names])
+        for key in keys:
+            self._check_writable(key)
         merged = {key: self.edited_slice(*key, adapters=adapters) for key, adapters in keys.items()}
         for key, slice_ in merged.items():
-            self._check_writable(key)
             if safe_merge and not torch.isfinite(slice_).all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {', '.join(keys[key])} seems to be broken"
@@ -268,7 +269,7 @@ class UOELayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put back the slices that :meth:`merge` kept aside, bit for bit."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         for key, original in self._originals.items():
             self.base_slice(*key).copy_(original)
@@ -316,9 +317,11 @@ class UOEExpertsLayer(UOELayer):
         self.storage = storage
 
     def base_slice(self, projection: str, index: int) -> Tensor:
+        """One expert's matrix as it lies in memory."""
         return self.storage.weight(projection, index)
 
     def is_transposed(self, projection: str) -> bool:
+        """Whether the module stores `(in, out)` rather than `(out, in)`."""
         return self.storage.is_transposed(projection)
 
     def _cancel_last_projection(self, adapter_name: str) -> None:
@@ -330,6 +333,7 @@ class UOEExpertsLayer(UOELayer):
         deltas[projection].copy_(torch.stack(slices).neg())
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The experts' output, corrected at the tokens that are routed to an edited expert."""
         groups = self.applied_groups(adapter_names)
         result = cast(Tensor, self.base_layer(*args, **kwargs))
         for group in groups:
@@ -392,9 +396,11 @@ class UOESubstituteLayer(UOELayer):
         self.is_router = is_router
 
     def base_slice(self, projection: str, index: int) -> Tensor:
+        """The whole matrix; there is one slice, whatever the index."""
         return self.get_base_layer().get_parameter(self.matrices[projection])
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """What the wrapped module returns when it is called with edited matrices."""
         outputs: Any = None
         for group in self.applied_groups(adapter_names):
             keys = self.edited_keys(group.adapters)

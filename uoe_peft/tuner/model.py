@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 
 from uoe_peft.moe import ListedExperts, MoEBlock, find_moe_blocks
 from uoe_peft.tuner.config import UOEConfig
@@ -46,21 +46,21 @@ class UOEModel(BaseTuner):
 
     prefix = "uoe_"
     tuner_layer_cls = UOELayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (the base class' declaration)
 
-    def _prepare_adapter_config(self, peft_config: UOEConfig, model_config: dict[str, Any]) -> UOEConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> UOEConfig:
         return peft_config
 
-    def _prepare_model(self, peft_config: UOEConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         self._targets = _find_targets(peft_config, model)
         peft_config.target_modules = set(self._targets)
 
-    def _check_target_module_exists(self, peft_config: UOEConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         return key in self._targets
 
     def _create_and_replace(
         self,
-        peft_config: UOEConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -83,6 +83,54 @@ class UOEModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The base class reads `child.weight`, which stacked experts lack; update_layer has placed the parameters.
         setattr(parent, child_name, new_module)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights of every layer, or of none where a layer refuses.
+
+        Args:
+            adapter_names: Which adapters; None: the active ones.
+            safe_merge: Check for values that are not finite before anything is written.
+
+        Raises:
+            ValueError: `safe_merge` found such a value.
+            RuntimeError: Base weights are sharded, offloaded or quantised.
+        """
+        before = {m: list(m.merged_adapters) for m in self.model.modules() if isinstance(m, UOELayer)}
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except (ValueError, RuntimeError):
+            for layer, names in before.items():
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    layer.merge(adapter_names=names)
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge)
+        # What is merged stays merged in the modules that come out of their wrappers.
+        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # PEFT loads what fits and says nothing of the rest; a half-loaded adapter would only half forget.
+        expected = {name for name in model.state_dict() if f".{cls.prefix}" in name and f".{adapter_name}." in name}
+        given = {name for name in remapped if f".{cls.prefix}" in name}
+        if expected != given:
+            raise ValueError(
+                f"the state dict does not fit adapter {adapter_name!r}: missing {sorted(expected - given)}, "
+                f"unexpected {sorted(given - expected)}"
+            )
+        return remapped
 
     def add_weighted_adapter(
         self,
@@ -129,7 +177,7 @@ class UOEModel(BaseTuner):
             raise ValueError(f"got {len(adapters)} adapters and {len(weights)} weights; pass one weight for each")
         if adapter_name in self.peft_config:
             raise ValueError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
-        return [self.peft_config[name] for name in adapters]
+        return [cast(UOEConfig, self.peft_config[name]) for name in adapters]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
