@@ -1,0 +1,61 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from uoe_peft.losses import adaptive_coefficient, control_direction, embed_diff_loss, rmu_loss
+
+HIDDEN = torch.tensor([[1.0, 2.0, 0.0], [0.0, -1.0, 3.0]], dtype=torch.float64)
+DIRECTION = torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64)
+
+
+def test_rmu_by_hand():
+    # 5 u = (3, 0, 4): distances (-2, 2, -4) and (-3, -1, -1).
+    assert rmu_loss(HIDDEN, DIRECTION, coefficient=5).item() == pytest.approx((24 / 3 + 11 / 3) / 2)
+
+
+def test_rmu_is_zero_at_its_target():
+    assert rmu_loss(7 * DIRECTION.expand(2, 3), DIRECTION, coefficient=7) == 0
+
+
+def test_adaptive_coefficient_is_a_multiple_of_each_tokens_norm():
+    coefficient = adaptive_coefficient(HIDDEN, beta=2)
+    torch.testing.assert_close(coefficient, 2 * torch.tensor([5.0, 10.0], dtype=torch.float64).sqrt())
+    expected = sum(rmu_loss(h[None], DIRECTION, coefficient=c.item()) for h, c in zip(HIDDEN, coefficient, strict=True))
+    torch.testing.assert_close(rmu_loss(HIDDEN, DIRECTION, coefficient=coefficient), expected / 2)
+
+
+def test_rmu_agrees_with_a_plain_implementation():
+    hidden, direction = torch.randn(5, 7), control_direction(7, seed=3)
+    total = sum((hidden[t, j].item() - 20 * direction[j].item()) ** 2 for t in range(5) for j in range(7))
+    assert rmu_loss(hidden, direction, coefficient=20).item() == pytest.approx(total / 35, rel=1e-5)
+
+
+def test_rmu_does_not_overflow_half_precision():
+    assert rmu_loss(HIDDEN.half(), DIRECTION, coefficient=8000).isfinite()
+
+
+def test_control_direction_has_length_one_and_depends_on_the_seed_only():
+    direction = control_direction(33, seed=5)
+    assert direction.norm().item() == pytest.approx(1)
+    assert torch.equal(direction, control_direction(33, seed=5))
+    assert not torch.equal(direction, control_direction(33, seed=6))
+
+
+def test_embed_diff_by_hand():
+    assert embed_diff_loss(HIDDEN, HIDDEN) == 0
+    assert embed_diff_loss(HIDDEN, HIDDEN.flip(0)).item() == pytest.approx((1 + 9 + 9) / 3)
+
+
+def test_gradients():
+    hidden = HIDDEN.clone().requires_grad_()
+    assert gradcheck(lambda h: rmu_loss(h, DIRECTION, coefficient=3.0), (hidden,))
+    assert gradcheck(lambda h: embed_diff_loss(h, HIDDEN.flip(0)), (hidden,))
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match=r"expected \(3,\), the hidden size"):
+        rmu_loss(HIDDEN, DIRECTION[:2], coefficient=1)
+    with pytest.raises(ValueError, match="beta must be > 0"):
+        adaptive_coefficient(HIDDEN, beta=0)
+    with pytest.raises(ValueError, match="same tokens"):
+        embed_diff_loss(HIDDEN, HIDDEN[:1])

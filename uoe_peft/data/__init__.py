@@ -1,0 +1,16 @@
+"""Forget and retain sets -> tokenised examples -> paired batches."""
+
+from uoe_peft.data.answers import IGNORE_INDEX
+from uoe_peft.data.collation import Batch, collate, collate_groups
+from uoe_peft.data.pairing import PairedDataset, retain_index
+from uoe_peft.data.tokenization import tokenize_dataset
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "PairedDataset",
+    "collate",
+    "collate_groups",
+    "retain_index",
+    "tokenize_dataset",
+]

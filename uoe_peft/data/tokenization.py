@@ -1,0 +1,240 @@
+"""Forget and retain sets in any of TRL's dataset types -> token ids and labels.
+
+The rules are those of TRL's `SFTTrainer` (end-of-sequence token, where an answer starts,
+truncation), with one difference, said at `tokenize_dataset`: in a conversation only the assistant's
+turns are answers. Forgetting the user's words, or the chat template itself, is never what is meant.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from uoe_peft.data.answers import encode_row, num_predicted
+
+logger = logging.getLogger(__name__)
+
+TruncationMode = Literal["keep_start", "keep_end"]
+ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
+
+_NUM_BEFORE = "num_answer_tokens_before_truncation"
+_NUM_AFTER = "num_answer_tokens"
+
+
+def tokenize_dataset(
+    dataset: Dataset | IterableDataset,
+    processing_class: ProcessingClass,
+    *,
+    max_length: int | None,
+    completion_only: bool = True,
+    name: str = "forget",
+    text_field: str = "text",
+    truncation_mode: TruncationMode = "keep_start",
+    max_examples: int | None = None,
+) -> Dataset:
+    """Token ids and labels of a data set of any TRL type.
+
+    Understood columns, the first match wins: `input_ids` (with `labels`, or `completion_mask`, or
+    neither: every token then counts); `prompt` and `completion`, both strings or both lists of
+    messages; `messages`; `text`.
+
+    An end-of-sequence token is appended to strings, not to conversations, whose chat template ends
+    them. Where TRL would count every token of a `messages` row, only the assistant's turns count
+    here (`completion_only=False` counts all).
+
+    Rows whose answer lies entirely beyond `max_length` have nothing to learn from; they are left
+    out, and their number is logged, as is the number of rows whose answer was cut.
+
+    Args:
+        dataset: The set. A streaming set needs `max_examples`.
+        processing_class: Tokenizer, or a processor that holds one.
+        max_length: Longest sequence in tokens, at least 2; None for no limit.
+        completion_only: Whether prompt tokens get the label -100.
+        name: What messages call this set: "forget", "retain", "eval".
+        text_field: Column of plain text.
+        truncation_mode: Which end of a sequence that is too long is kept.
+        max_examples: Read at most so many rows; None for all of them.
+
+    Returns:
+        Columns `input_ids` and `labels`, lists of int of equal length per row; `labels` is -100
+        where a token does not count.
+
+    Raises:
+        TypeError: `dataset` is not a `Dataset` or `IterableDataset`.
+        ValueError: The set is empty, has no usable columns, streams without `max_examples`, is
+            conversational while there is no chat template, or all its answers are truncated away;
+            `max_length` or `max_examples` is too small.
+    """
+    rows = tokenize_rows(
+        materialise(dataset, max_examples=max_examples, name=name),
+        processing_class,
+        max_length=max_length,
+        completion_only=completion_only,
+        name=name,
+        text_field=text_field,
+        truncation_mode=truncation_mode,
+    )
+    kept = answered_rows(rows, max_length=max_length, name=name)
+    return drop_bookkeeping(rows if len(kept) == len(rows) else rows.select(kept))
+
+
+def materialise(
+    dataset: Dataset | IterableDataset, *, max_examples: int | None = None, name: str = "forget"
+) -> Dataset:
+    """The set as a `Dataset` of at least one row, which can be indexed.
+
+    Raises:
+        TypeError: `dataset` is neither a `Dataset` nor an `IterableDataset`.
+        ValueError: It is empty, or streams and `max_examples` is None, or `max_examples` < 1.
+    """
+    if max_examples is not None and max_examples < 1:
+        raise ValueError(f"max_examples must be at least 1 or None, got {max_examples}")
+    match dataset:
+        case Dataset():
+            if max_examples is not None and len(dataset) > max_examples:
+                dataset = dataset.select(range(max_examples))
+        case IterableDataset():
+            if max_examples is None:
+                raise ValueError(
+                    f"the {name} set is a streaming IterableDataset of unknown length; say how "
+                    "many rows to read, e.g. Dataset.from_list(list(dataset.take(1000)))"
+                )
+            dataset = Dataset.from_list(list(dataset.take(max_examples)))
+        case DatasetDict() | IterableDatasetDict():
+            raise TypeError(
+                f"the {name} set is a {type(dataset).__name__} with the splits {sorted(dataset)}; "
+                f'pass one split, e.g. dataset["{next(iter(dataset), "train")}"]'
+            )
+        case _:
+            raise TypeError(
+                f"the {name} set must be a datasets.Dataset or IterableDataset, got "
+                f"{type(dataset).__name__}; datasets.Dataset.from_list makes one of a list of dicts"
+            )
+    if len(dataset) == 0:
+        raise ValueError(f"the {name} set is empty; expected at least one row")
+    return dataset
+
+
+def tokenize_rows(
+    dataset: Dataset,
+    processing_class: ProcessingClass,
+    *,
+    max_length: int | None,
+    completion_only: bool = True,
+    name: str = "forget",
+    text_field: str = "text",
+    truncation_mode: TruncationMode = "keep_start",
+) -> Dataset:
+    """As `tokenize_dataset`, but keeps every row, in order, also those without an answer left.
+
+    Returns:
+        Columns `input_ids`, `labels` and the number of answer tokens before and after truncation,
+        which `answered_rows` reads and `drop_bookkeeping` removes.
+    """
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be None or at least 2 (one token and the next), got {max_length}")
+    if truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end', got {truncation_mode!r}")
+    columns = set(dataset.column_names)
+    if not (columns & {"input_ids", "messages", text_field} or {"prompt", "completion"} <= columns):
+        raise ValueError(
+            f"the {name} set has the columns {sorted(columns)}; expected 'prompt' and "
+            f"'completion', or 'messages', or {text_field!r}, or 'input_ids'; rename or map the "
+            "columns first"
+        )
+    return dataset.map(
+        _tokenize_row,
+        fn_kwargs={
+            "tokenizer": text_tokenizer(processing_class),
+            "max_length": max_length,
+            "completion_only": completion_only,
+            "text_field": text_field,
+            "truncation_mode": truncation_mode,
+        },
+        remove_columns=dataset.column_names,
+        desc=f"Tokenizing {name} set",
+    )
+
+
+def answered_rows(rows: Dataset, *, max_length: int | None, name: str = "forget") -> list[int]:
+    """Indices of the rows that still have an answer token; logs how many were cut or lost.
+
+    Raises:
+        ValueError: No row has one.
+    """
+    before, after = rows[_NUM_BEFORE], rows[_NUM_AFTER]
+    kept = [row for row, count in enumerate(after) if count > 0]
+    num_unanswered = sum(count == 0 for count in before)
+    num_lost = len(rows) - len(kept) - num_unanswered
+    num_cut = sum(0 < a < b for a, b in zip(after, before, strict=True))
+    if not kept:
+        cause = (
+            f"all {len(rows)} answers lie beyond max_length={max_length}; raise max_length, "
+            "shorten the prompts, or set truncation_mode='keep_end'"
+            if num_lost
+            else f"none of its {len(rows)} rows has an answer token (label other than -100)"
+        )
+        raise ValueError(f"nothing is left of the {name} set: {cause}")
+    if num_unanswered:
+        logger.warning("%s set: left out %d rows without an answer", name, num_unanswered)
+    if num_lost:
+        logger.warning(
+            "%s set: left out %d of %d rows, whose answers lie beyond max_length=%s",
+            *(name, num_lost, len(rows), max_length),
+        )
+    if num_cut:
+        logger.warning(
+            "%s set: max_length=%s cut the answers of %d of %d rows",
+            *(name, max_length, num_cut, len(rows)),
+        )
+    return kept
+
+
+def drop_bookkeeping(rows: Dataset) -> Dataset:
+    """Only `input_ids` and `labels`."""
+    return rows.select_columns(["input_ids", "labels"])
+
+
+def text_tokenizer(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
+    """The tokenizer that a processor holds, or the tokenizer itself.
+
+    Raises:
+        TypeError: It is neither, or a processor without a tokenizer.
+    """
+    tokenizer = (
+        getattr(processing_class, "tokenizer", None)
+        if isinstance(processing_class, ProcessorMixin)
+        else processing_class
+    )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            "processing_class must be a tokenizer or a processor with a tokenizer, got "
+            f"{type(processing_class).__name__}"
+        )
+    return tokenizer
+
+
+def _tokenize_row(
+    row: Mapping[str, Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    completion_only: bool,
+    text_field: str,
+    truncation_mode: TruncationMode,
+) -> dict[str, Any]:
+    input_ids, labels = encode_row(row, tokenizer, completion_only=completion_only, text_field=text_field)
+    before = num_predicted(labels)
+    if max_length is not None:
+        window = slice(max_length) if truncation_mode == "keep_start" else slice(-max_length, None)
+        input_ids, labels = input_ids[window], labels[window]
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        _NUM_BEFORE: before,
+        _NUM_AFTER: num_predicted(labels),
+    }
