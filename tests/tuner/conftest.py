@@ -1,0 +1,93 @@
+"""Models, inputs and random adapters for the tests of the tuner."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tests.families import build
+from uoe_peft.moe import find_moe_blocks
+from uoe_peft.tuner import UOEConfig
+
+# Softmax and sigmoid routers, transposed and interleaved stacks with biases, a dense call contract.
+FAMILIES = ("qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4", "olmoe")
+DELTA_TYPES = ("full", "low_rank")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=DELTA_TYPES)
+def delta_type(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def models() -> Iterator[dict[str, PreTrainedModel]]:
+    """One model a family, made once; tests take copies."""
+    yield {family: build(family) for family in FAMILIES}
+
+
+@pytest.fixture
+def base(models: dict[str, PreTrainedModel], family: str) -> PreTrainedModel:
+    return copy.deepcopy(models[family])
+
+
+@pytest.fixture
+def qwen(models: dict[str, PreTrainedModel]) -> PreTrainedModel:
+    return copy.deepcopy(models["qwen2_moe"])
+
+
+@pytest.fixture
+def input_ids() -> Tensor:
+    return torch.randint(3, 50, (3, 11), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def config(base: PreTrainedModel, delta_type: str) -> UOEConfig:
+    return make_config(base, delta_type=delta_type)
+
+
+@pytest.fixture
+def adapted(base: PreTrainedModel, config: UOEConfig) -> PeftModel:
+    """A model with an adapter whose delta is random and large enough to be seen."""
+    model = get_peft_model(base, config)
+    randomise(model)
+    return model.eval()
+
+
+@pytest.fixture
+def logits(input_ids: Tensor) -> Callable[[nn.Module], Tensor]:
+    @torch.no_grad()
+    def run(model: nn.Module, **kwargs: object) -> Tensor:
+        return model(input_ids=input_ids, **kwargs).logits
+
+    return run
+
+
+def make_config(model: nn.Module, *, expert_idx: int = 1, **kwargs: object) -> UOEConfig:
+    """A config for one expert of the model's last MoE layer."""
+    layer_idx = find_moe_blocks(model)[-1].layer_idx
+    return UOEConfig(**{"target_experts": [(layer_idx, expert_idx)], "r": 3, **kwargs})
+
+
+def randomise(model: nn.Module, *, adapter_name: str = "default", seed: int = 0, std: float = 0.2) -> None:
+    """Give every parameter of an adapter random values."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if f".{adapter_name}." in name and ".uoe_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all tensors that are not an adapter's, by their names without wrappers."""
+    state = model.state_dict()
+    return {name.replace(".base_layer", ""): t.clone() for name, t in state.items() if ".uoe_" not in name}
