@@ -22,6 +22,7 @@ from uoe_peft.moe import ExpertStorage, RoutedTokens
 from uoe_peft.tuner.config import UOEConfig
 
 SliceKey = tuple[str, int]  # (projection, expert_idx)
+_MERGE_BLOCK = 1 << 18  # elements of a slice that are merged at once
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class UOELayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
         self.target_indices: dict[str, list[int]] = {}
-        self._originals: dict[SliceKey, Tensor] = {}  # slices as they were before the first merge
+        self._aside: dict[SliceKey, Tensor] = {}  # slices as they were before a merge; kept, so that toggling is fast
+        self._merged_keys: set[SliceKey] = set()
         self._active_adapter = adapter_name
         self.merged_adapters = []
 
@@ -169,29 +171,37 @@ class UOELayer(nn.Module, BaseTunerLayer):
         cast(nn.ParameterDict, self.uoe_A[adapter_name])[projection][position, :rank] = root[:, None] * right[:rank]
         cast(nn.ParameterDict, self.uoe_B[adapter_name])[projection][position, :, :rank] = left[:, :rank] * root
 
-    def get_delta_weight(self, adapter_name: str, projection: str, index: int) -> Tensor:
-        """An adapter's delta of one slice, scaled, in the layout of :meth:`base_slice` and in the adapter's dtype."""
+    def get_delta_weight(self, adapter_name: str, projection: str, index: int, *, rows: slice = slice(None)) -> Tensor:
+        """An adapter's delta of one slice, or of some of its rows, scaled.
+
+        Has the layout of :meth:`base_slice` and the dtype of the adapter.
+        """
         position = self.target_indices[adapter_name].index(index)
         scaling = self.scaling[adapter_name]
         if adapter_name in self.uoe_delta:
-            delta = cast(nn.ParameterDict, self.uoe_delta[adapter_name])[projection][position]
+            delta = cast(nn.ParameterDict, self.uoe_delta[adapter_name])[projection][position][rows]
             return delta if scaling == 1 else delta * scaling
         factor_a = cast(nn.ParameterDict, self.uoe_A[adapter_name])[projection][position]  # (R, in)
         factor_b = cast(nn.ParameterDict, self.uoe_B[adapter_name])[projection][position]  # (out, R)
-        delta = (factor_b @ factor_a) * scaling
-        return delta.transpose(0, 1) if self.is_transposed(projection) else delta
+        if self.is_transposed(projection):
+            return (factor_a.transpose(0, 1)[rows] @ factor_b.transpose(0, 1)) * scaling
+        return (factor_b[rows] @ factor_a) * scaling
 
-    def edited_slice(self, projection: str, index: int, adapters: Sequence[str]) -> Tensor:
+    def edited_slice(self, key: SliceKey, adapters: Sequence[str], *, rows: slice = slice(None)) -> Tensor:
         """A slice with the deltas of several adapters added in float32 and rounded once to the slice's dtype.
 
         The forward pass uses the rounded slice, so training sees exactly what a merge will write.
+
+        Args:
+            key: Which slice.
+            adapters: Which deltas to add.
+            rows: Compute these rows of the slice only.
         """
-        base = self._originals.get((projection, index))
-        base = self.base_slice(projection, index) if base is None else base
+        base = (self._aside[key] if key in self._merged_keys else self.base_slice(*key))[rows]
         precise = torch.promote_types(base.dtype, torch.float32)
         total = base.to(precise)
         for adapter_name in adapters:
-            total = total + self.get_delta_weight(adapter_name, projection, index).to(precise)
+            total = total + self.get_delta_weight(adapter_name, *key, rows=rows).to(precise)
         return total.to(base.dtype)
 
     def edited_keys(self, adapters: Sequence[str]) -> dict[SliceKey, list[str]]:
@@ -240,18 +250,31 @@ class UOELayer(nn.Module, BaseTunerLayer):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.target_indices]
         keys = self.edited_keys([*self.merged_adapters, *names])
-        for key in keys:
+        for key, adapters in keys.items():
             self._check_writable(key)
-        merged = {key: self.edited_slice(*key, adapters=adapters) for key, adapters in keys.items()}
-        for key, slice_ in merged.items():
-            if safe_merge and not torch.isfinite(slice_).all():
+            if safe_merge and not torch.isfinite(self.edited_slice(key, adapters)).all():
                 raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {', '.join(keys[key])} seems to be broken"
+                    f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"
                 )
-        for key, slice_ in merged.items():
-            self._originals.setdefault(key, self.base_slice(*key).clone())
-            self.base_slice(*key).copy_(slice_)
+        for key, adapters in keys.items():
+            self._set_aside(key)
+            base = self.base_slice(*key)
+            # Blocks of rows that stay in the cache: float32 copies of a whole expert would cost most of the time.
+            step = max(1, _MERGE_BLOCK // base.shape[1])
+            for start in range(0, base.shape[0], step):
+                rows = slice(start, start + step)
+                base[rows] = self.edited_slice(key, adapters, rows=rows)
         self.merged_adapters.extend(names)
+
+    def _set_aside(self, key: SliceKey) -> None:
+        if key in self._merged_keys:
+            return
+        base, buffer = self.base_slice(*key), self._aside.get(key)
+        if buffer is not None and (buffer.dtype, buffer.device) == (base.dtype, base.device):
+            buffer.copy_(base)  # fresh memory would cost more than the copy
+        else:
+            self._aside[key] = base.clone()
+        self._merged_keys.add(key)
 
     def _check_writable(self, key: SliceKey) -> None:
         base = self.base_slice(*key)
@@ -271,9 +294,9 @@ class UOELayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for key, original in self._originals.items():
-            self.base_slice(*key).copy_(original)
-        self._originals.clear()
+        for key in self._merged_keys:
+            self.base_slice(*key).copy_(self._aside[key])
+        self._merged_keys.clear()
         self.merged_adapters.clear()
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -353,7 +376,7 @@ class UOEExpertsLayer(UOELayer):
     ) -> Tensor:
         """The experts' output with one expert's outputs computed from edited matrices."""
         base = {projection: self.base_slice(projection, index) for projection in self.storage.projections}
-        edited = {p: self.edited_slice(p, i, adapters) for (p, i), adapters in keys.items() if i == index}
+        edited = {key[0]: self.edited_slice(key, adapters) for key, adapters in keys.items() if key[1] == index}
         after = self.storage.forward_expert(tokens.hidden_states, index, {**base, **edited})  # (N, H)
         before = self.storage.forward_expert(tokens.hidden_states, index, base)  # (N, H)
         correction = (tokens.weight * (after - before)).to(result.dtype)
@@ -404,7 +427,7 @@ class UOESubstituteLayer(UOELayer):
         outputs: Any = None
         for group in self.applied_groups(adapter_names):
             keys = self.edited_keys(group.adapters)
-            substitutes = {self.matrices[p]: self.edited_slice(p, i, keys[p, i]) for p, i in keys}
+            substitutes = {self.matrices[key[0]]: self.edited_slice(key, adapters) for key, adapters in keys.items()}
             edited = torch.func.functional_call(self.base_layer, substitutes, args, kwargs) if keys else None
             if group.samples is None:
                 return edited if keys else self.base_layer(*args, **kwargs)
