@@ -41,8 +41,10 @@ REMOTE_CODE: dict[str, RouterKind] = {"listed, router module": "module", "listed
 # Families whose experts are in no storage that can be read, and why.
 UNSUPPORTED = {
     "doge": "an expert is one row of an embedding, not an MLP",
-    "jetmoe": "experts are called with tokens sorted by expert, and their attention has experts, too",
+    "jetmoe": "experts get tokens sorted by expert, from a router inside their own module; attention has experts, too",
 }
+
+SUPPORTED = [*(family for family in FAMILIES if family not in UNSUPPORTED), *REMOTE_CODE]
 
 HIDDEN, EXPERT, SHARED, DENSE, EXPERTS, TOP_K, VOCAB, LAYERS = 32, 24, 40, 56, 6, 2, 100, 3
 
@@ -130,6 +132,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "audio_config.patch_sizes": (2, 2, 2, 2),
     },
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "mlp"]},
+    "phimoe": {"router_jitter_noise": 0.3},  # only scores this near to the best one pass a gradient
     "qwen4_exp": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -167,8 +170,9 @@ def model_class(family: str) -> type[PreTrainedModel]:
 
 def build(family: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A tiny random model of a family in evaluation mode; every call returns the same weights."""
-    remote = REMOTE_CODE.get(family)
-    model = model_class(family)(_config(family)) if remote is None else listed_model(remote)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # what the model's own initialisation draws stays in vectors, as their mean
+        model = listed_model(REMOTE_CODE[family]) if family in REMOTE_CODE else model_class(family)(_config(family))
     randomise(model)
     return model.eval().to(dtype)
 

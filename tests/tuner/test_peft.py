@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from peft import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.tuner.conftest import base_state, make_config, randomise
@@ -323,7 +326,7 @@ def test_status(adapted: PeftModel) -> None:
     assert status.peft_types == {"default": "UOE", "unused": "UOE"}
     assert status.active_adapters == ["default"] and status.enabled is True
     assert status.requires_grad == {"default": True, "unused": False}
-    assert {layer.module_type for layer in get_layer_status(adapted)} == {"UOEExpertsLayer", "UOESubstituteLayer"}
+    assert {layer.module_type for layer in get_layer_status(adapted)} == {"UOEExpertsLayer", "UOERouterLayer"}
     assert status.trainable_params == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
@@ -501,3 +504,37 @@ def test_every_parameter_gets_a_gradient_when_no_token_reaches_the_expert(qwen: 
     block.experts(hidden, index, torch.rand(7, 2)).sum().backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert gradients and all(g is not None and not g.any() for g in gradients)
+
+
+def test_merging_into_sharded_weights_raises(qwen: PreTrainedModel) -> None:
+    model = get_peft_model(qwen, make_config(qwen))
+    experts = find_moe_blocks(model)[-1].storage.module
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shards = distribute_tensor(experts.down_proj.detach(), mesh, [Shard(0)])
+        experts.down_proj = nn.Parameter(shards, requires_grad=False)
+        with pytest.raises(RuntimeError, match=r"cannot merge into down_proj of Qwen2MoeExperts: it is sharded"):
+            model.merge_adapter()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_push_to_hub_uploads_adapter_and_config(qwen: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: dict[str, object] = {}
+
+    def upload(self: PeftModel, working_dir: str, repo_id: str, *_: object, **kwargs: object) -> None:
+        uploaded.update(repo_id=repo_id, files=sorted(path.name for path in Path(working_dir).iterdir()), **kwargs)
+
+    hub = SimpleNamespace(create_repo=lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(PeftModel, "_upload_modified_files", upload)
+    model = get_peft_model(qwen, make_config(qwen))
+    model.push_to_hub("org/forget-x", commit_message="first", revision="main")
+    assert uploaded["repo_id"] == "org/forget-x" and (uploaded["commit_message"], uploaded["revision"]) == (
+        "first",
+        "main",
+    )
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(uploaded["files"])

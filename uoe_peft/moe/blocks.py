@@ -6,14 +6,19 @@ can read, and its router is the neighbour that holds a matrix with one row for e
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe.experts import ExpertStorage, ListedExperts, expert_storage, unwrap
+
+# Words in the path of a block that text tokens never pass.
+_OTHER_MODALITY = re.compile(r"vision|visual|image|video|audio|speech")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +58,17 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
         One block for each decoder layer with routed experts.
 
     Raises:
-        UnsupportedModelError: The model has no routed experts; or an experts module has no router beside it; or a
-            decoder layer has several blocks, so that a layer index does not name one.
+        UnsupportedModelError: The model has no routed experts; or none of its experts modules has a router beside it;
+            or a decoder layer has several blocks, so that a layer index does not name one; or experts are shared with
+            another part of the model.
     """
-    blocks = [_block(model, name, storage) for name, storage in _experts_modules(model)]
-    if not blocks:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no Mixture-of-Experts block; expected a module with stacked expert "
-            "parameters (gate_up_proj or up_proj, and down_proj) or a list of expert MLPs beside a router. "
-            "Load a Mixture-of-Experts model such as Qwen1.5-MoE, OLMoE or Mixtral"
-        )
-    blocks = _of_text_decoder(model, blocks)
+    stored = list(_experts_modules(model))
+    found = [block for block in (_block(model, name, storage) for name, storage in stored) if block is not None]
+    if not found:
+        raise UnsupportedModelError(_nothing_found(model, [name for name, _ in stored]))
+    blocks = _of_text_decoder(model, found)
+    _check_one_per_layer(model, blocks)
+    _check_not_shared(model, blocks, others=[block for block in found if block not in blocks])
     return sorted(blocks, key=lambda block: block.layer_idx)
 
 
@@ -75,21 +80,29 @@ def _experts_modules(model: nn.Module) -> Iterator[tuple[str, ExpertStorage]]:
         if "base_layer" in module._modules:
             wrappers = (*wrappers, f"{name}.")
         storage = expert_storage(unwrap(module))
-        if storage is None:
-            continue
-        listed = isinstance(storage, ListedExperts)
-        # A list of MLPs may be anything (vision stages, say): only a router beside it makes them experts.
-        if not listed or _router_beside(model, name, storage.num_experts) is not None:
+        if storage is not None:
             yield name, storage
 
 
-def _block(model: nn.Module, experts_name: str, storage: ExpertStorage) -> MoEBlock:
-    found = _router_beside(model, experts_name, storage.num_experts)
-    if found is None:
-        raise UnsupportedModelError(
-            f"no router beside {experts_name} of {type(model).__name__}: expected a neighbouring module with a matrix "
-            f"of {storage.num_experts} rows, one for each expert"
+def _nothing_found(model: nn.Module, without_router: list[str]) -> str:
+    name = type(model).__name__
+    if without_router:
+        return (
+            f"no router beside {without_router[0]} of {name}: expected a neighbouring module with a matrix that has a "
+            "row for each expert"
         )
+    return (
+        f"{name} has no Mixture-of-Experts block that can be edited; expected a module with stacked expert parameters "
+        "(gate_up_proj or up_proj, and down_proj) or a list of expert MLPs, beside a router. Load a Mixture-of-Experts "
+        "model such as Qwen1.5-MoE, OLMoE or Mixtral; docs/families.md has all families"
+    )
+
+
+def _block(model: nn.Module, experts_name: str, storage: ExpertStorage) -> MoEBlock | None:
+    """The block of an experts module, or None for experts without a router: shared ones, or a list of other MLPs."""
+    found = _router_beside(model, experts_name, storage)
+    if found is None:
+        return None
     router_name, gate_name, hidden_size = found
     return MoEBlock(
         layer_idx=_layer_idx(experts_name),
@@ -104,20 +117,23 @@ def _block(model: nn.Module, experts_name: str, storage: ExpertStorage) -> MoEBl
     )
 
 
-def _router_beside(model: nn.Module, experts_name: str, num_experts: int) -> tuple[str, str, int] | None:
+def _router_beside(model: nn.Module, experts_name: str, storage: ExpertStorage) -> tuple[str, str, int] | None:
     """Path of the router of an experts module, the name of its matrix, and the matrix' input size."""
     parent_name, _, own_name = experts_name.rpartition(".")
     candidates = []
     for child_name, child in model.get_submodule(parent_name).named_children():
-        gate = None if child_name == own_name else _gate_matrix(unwrap(child), num_experts)
+        router = unwrap(child)
+        gate = None if child_name == own_name else _gate_matrix(router, storage.num_experts)
         if gate is None:
             continue
-        # A shared expert may by chance have as many rows as there are experts, but it is never called a router, and
-        # it is larger than one.
-        named_router = any(word in f"{child_name} {type(unwrap(child)).__name__}".lower() for word in ("gat", "rout"))
-        size = sum(parameter.numel() for parameter in unwrap(child).parameters())
+        # Any neighbour may by chance have as many rows as there are experts: a router is called one, and it is small.
+        called = f"{child_name} {type(router).__name__}".lower()
+        rank = next((rank for rank, word in enumerate(("rout", "gat")) if word in called), None)
+        if rank is None and isinstance(storage, ListedExperts):
+            continue  # a list of MLPs may be anything (vision stages, say): only a router beside it makes them experts
+        size = sum(parameter.numel() for parameter in router.parameters())
         path = f"{parent_name}.{child_name}" if parent_name else child_name
-        candidates.append((not named_router, size, path, *gate))
+        candidates.append((2 if rank is None else rank, size, path, *gate))
     if not candidates:
         return None
     _, _, router_name, gate_name, hidden_size = min(candidates)
@@ -146,22 +162,31 @@ def _layer_idx(name: str) -> int:
 
 
 def _of_text_decoder(model: nn.Module, blocks: list[MoEBlock]) -> list[MoEBlock]:
-    """The blocks of the text decoder, where other towers (vision, speech) have experts of their own."""
-    if _repeated_layer(blocks) is None:
-        return blocks
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    names = [name for name, module in model.named_modules() if module is decoder]
-    inside = [block for block in blocks if any(block.experts_name.startswith(f"{name}.") for name in names)]
-    repeated = _repeated_layer(inside or blocks)
-    if repeated is not None:
-        paths = sorted(block.experts_name for block in inside or blocks if block.layer_idx == repeated)
+    """The blocks that text tokens of the decoder pass: towers and layers may have others, for images or speech."""
+    decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
+    paths = [f"{name}." if name else "" for name, module in model.named_modules() if module is decoder]
+    inside = [block for block in blocks if any(block.experts_name.startswith(path) for path in paths)] or blocks
+    return [block for block in inside if not _OTHER_MODALITY.search(block.experts_name)] or inside
+
+
+def _check_one_per_layer(model: nn.Module, blocks: list[MoEBlock]) -> None:
+    counts = Counter(block.layer_idx for block in blocks)
+    layer_idx, count = counts.most_common(1)[0]
+    if count > 1:
+        paths = sorted(block.experts_name for block in blocks if block.layer_idx == layer_idx)
         raise UnsupportedModelError(
-            f"layer {repeated} of {type(model).__name__} has several Mixture-of-Experts blocks ({', '.join(paths)}); "
+            f"layer {layer_idx} of {type(model).__name__} has several Mixture-of-Experts blocks ({', '.join(paths)}); "
             "a layer index must name one: pass the text decoder alone"
         )
-    return inside
 
 
-def _repeated_layer(blocks: list[MoEBlock]) -> int | None:
-    counts = Counter(block.layer_idx for block in blocks)
-    return next((layer_idx for layer_idx, count in sorted(counts.items()) if count > 1), None)
+def _check_not_shared(model: nn.Module, blocks: list[MoEBlock], *, others: list[MoEBlock]) -> None:
+    """Experts in two places would be edited in one by a delta, and in both by a merge."""
+    elsewhere = {id(p): block.experts_name for block in others for p in block.storage.module.parameters()}
+    for block in blocks:
+        name = next((elsewhere[id(p)] for p in block.storage.module.parameters() if id(p) in elsewhere), None)
+        if name is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has the same experts in {block.experts_name} and in {name}, so that an edit "
+                "cannot be told from a merge: pass the part of the model that holds one of them"
+            )

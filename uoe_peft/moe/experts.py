@@ -22,6 +22,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
+
+from uoe_peft.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,19 @@ class ExpertStorage(ABC):
         """Names of the weight matrices that every expert has, in the order in which they are applied."""
 
     @abstractmethod
+    def parameter(self, projection: str, expert_idx: int) -> Tensor:
+        """The stored parameter that holds one expert's matrix, with other experts' where they are stacked."""
+
+    @abstractmethod
+    def shape(self, projection: str) -> tuple[int, int]:
+        """Rows and columns of a projection's matrix, the same for every expert."""
+
+    @abstractmethod
     def weight(self, projection: str, expert_idx: int) -> Tensor:
-        """The matrix of one expert as it lies in memory: a view, so that writing to it edits the model."""
+        """The matrix of one expert as it lies in memory: a view, so that writing to it edits the model.
+
+        Of a quantised parameter it is a dequantised copy, see :func:`plain`.
+        """
 
     @abstractmethod
     def forward_expert(self, hidden_states: Tensor, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
@@ -109,20 +123,34 @@ class StackedExperts(ExpertStorage):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether the module owns the stacks of this layout."""
-        stacks = {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
-        return "down_proj" in stacks and ("gate_up_proj" in stacks or "up_proj" in stacks)
+        """Whether the module owns the stacks of this layout; shared experts may be stacked, too, but in three parts."""
+        stacks = {name for name, p in module._parameters.items() if p is not None and p.dim() == 3}
+        up_names = stacks & {"gate_up_proj", "up_proj", "gate_proj"}
+        return "down_proj" in stacks and up_names in ({"gate_up_proj"}, {"up_proj"})
 
     @property
+    @override
     def projections(self) -> tuple[str, ...]:
         return self._up_name, "down_proj"
 
-    def weight(self, projection: str, expert_idx: int) -> Tensor:
-        return cast(Tensor, getattr(self.module, projection))[expert_idx]
+    @override
+    def parameter(self, projection: str, expert_idx: int) -> Tensor:
+        return cast(Tensor, getattr(self.module, projection))
 
+    @override
+    def shape(self, projection: str) -> tuple[int, int]:
+        _, rows, columns = self.parameter(projection, 0).shape
+        return rows, columns
+
+    @override
+    def weight(self, projection: str, expert_idx: int) -> Tensor:
+        return plain(self.parameter(projection, expert_idx)[expert_idx])
+
+    @override
     def is_transposed(self, projection: str) -> bool:
         return self._transposed
 
+    @override
     def forward_expert(self, hidden_states: Tensor, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
         hidden = self._linear(hidden_states, self._up_name, expert_idx, weights)  # (N, 2I) or (N, I)
         hidden = self._activate(hidden)  # (N, I)
@@ -131,10 +159,12 @@ class StackedExperts(ExpertStorage):
             hidden = cast(nn.Module, self.module.post_expert_norm)(hidden)
         return hidden
 
+    @override
     def num_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         rows = super().num_tokens(args, kwargs)
         return rows if len(args) + len(kwargs) > 1 else rows // self.num_experts
 
+    @override
     def routed_tokens(self, expert_idx: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RoutedTokens:
         if len(args) + len(kwargs) > 1:
             return super().routed_tokens(expert_idx, args, kwargs)
@@ -182,16 +212,29 @@ class FlattenedExperts(ExpertStorage):
         )
 
     @property
+    @override
     def projections(self) -> tuple[str, ...]:
         return self._NAMES
 
+    @override
+    def parameter(self, projection: str, expert_idx: int) -> Tensor:
+        return cast(Tensor, getattr(self._mlp, projection))  # (E * I, H)
+
+    @override
+    def shape(self, projection: str) -> tuple[int, int]:
+        rows, columns = self.parameter(projection, 0).shape
+        return rows // self.num_experts, columns
+
+    @override
     def weight(self, projection: str, expert_idx: int) -> Tensor:
-        flat = cast(Tensor, getattr(self._mlp, projection))  # (E * I, H)
+        flat = plain(self.parameter(projection, expert_idx))
         return flat.view(self.num_experts, -1, flat.shape[-1])[expert_idx]  # (I, H)
 
+    @override
     def is_transposed(self, projection: str) -> bool:
         return projection == "w2"  # (I, H) maps I to H, unlike w1 and v1
 
+    @override
     def forward_expert(self, hidden_states: Tensor, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
         w1, v1, w2 = (weights[name] for name in self._NAMES)
         return cast(Tensor, self._mlp(hidden_states, w1, v1, w2))
@@ -201,33 +244,77 @@ class ListedExperts(ExpertStorage):
     """Experts as separate MLP modules: remote code, older checkpoints, layers quantised expert by expert."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._experts = [unwrap(expert) for expert in module.children()]
+        by_name = _listed_experts(module)
+        self._experts = list(by_name.values())
+        self._child_names = list(by_name)
         super().__init__(module, num_experts=len(self._experts))
-        self._names = tuple(n for n, m in self._experts[0].named_modules() if isinstance(m, nn.Linear))
+        linear = (name for name, m in self._experts[0].named_modules() if isinstance(m, nn.Linear))
+        self._names = tuple(name.removesuffix(".base_layer") for name in linear)
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether the module lists two or more modules of one class that hold two or more linear layers."""
-        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or len(module) < 2:
+        """Whether the module lists two or more modules of one class that hold two or three linear layers each."""
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             return False
-        experts = [unwrap(expert) for expert in module.children()]
-        num_linear = sum(isinstance(m, nn.Linear) for m in experts[0].modules())
-        return len({type(expert) for expert in experts}) == 1 and 2 <= num_linear <= 3
+        experts = list(_listed_experts(module).values())
+        if len(experts) < 2 or len({type(expert) for expert in experts}) > 1:
+            return False
+        return 2 <= sum(isinstance(m, nn.Linear) for m in experts[0].modules()) <= 3
 
     @property
+    @override
     def projections(self) -> tuple[str, ...]:
         return self._names
 
-    def child_name(self, expert_idx: int) -> str:
-        """Name of one expert's module inside the list."""
-        return list(self.module._modules)[expert_idx]
+    def linear_name(self, projection: str, expert_idx: int) -> str:
+        """Path of an expert's linear module inside the list."""
+        return f"{self._child_names[expert_idx]}.{projection}"
 
+    @override
+    def parameter(self, projection: str, expert_idx: int) -> Tensor:
+        return cast(Tensor, unwrap(self._experts[expert_idx].get_submodule(projection)).weight)
+
+    @override
+    def shape(self, projection: str) -> tuple[int, int]:
+        linear = cast(nn.Linear, unwrap(self._experts[0].get_submodule(projection)))
+        return linear.out_features, linear.in_features  # of the matrix: quantised weights may be packed
+
+    @override
     def weight(self, projection: str, expert_idx: int) -> Tensor:
-        return cast(Tensor, self._experts[expert_idx].get_submodule(projection).weight)
+        return plain(self.parameter(projection, expert_idx))
 
+    @override
     def forward_expert(self, hidden_states: Tensor, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
         substitutes = {f"{name}.weight": weight for name, weight in weights.items()}
         return cast(Tensor, torch.func.functional_call(self._experts[expert_idx], substitutes, (hidden_states,)))
+
+
+def _listed_experts(module: nn.Module) -> dict[str, nn.Module]:
+    """The children that can be experts, unwrapped: a list may hold a dropout, too."""
+    children = {name: unwrap(child) for name, child in module.named_children()}
+    return {name: child for name, child in children.items() if any(isinstance(m, nn.Linear) for m in child.modules())}
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is stored in fewer bits than it is computed with."""
+    has_own_dequantize = type(weight).dequantize is not Tensor.dequantize
+    return has_own_dequantize or not weight.is_floating_point() or weight.dtype.itemsize == 1
+
+
+def plain(weight: Tensor) -> Tensor:
+    """A weight that can be added to: the weight itself, or a dequantised copy of it.
+
+    Raises:
+        UnsupportedModelError: The weight is quantised in a form that needs more than itself to be read.
+    """
+    if not is_quantised(weight):
+        return weight
+    if type(weight).dequantize is Tensor.dequantize:
+        raise UnsupportedModelError(
+            f"expert or router weights are stored as {weight.dtype}, with their scales elsewhere; load the model in "
+            "bfloat16, or with dequantize=True where its quantization config has it"
+        )
+    return weight.dequantize()
 
 
 def unwrap(module: nn.Module) -> nn.Module:

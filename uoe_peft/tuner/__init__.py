@@ -22,10 +22,10 @@ _add_peft_type("UOE")
 
 # The configuration reads the enum member, so it must exist before these imports.
 from uoe_peft.tuner.config import UOEConfig  # noqa: E402
-from uoe_peft.tuner.layer import UOEExpertsLayer, UOELayer, UOESubstituteLayer  # noqa: E402
+from uoe_peft.tuner.layer import UOEExpertsLayer, UOELayer, UOELinearLayer, UOERouterLayer  # noqa: E402
 from uoe_peft.tuner.model import UOEModel  # noqa: E402
 
 if PeftType("UOE") not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="uoe", config_cls=UOEConfig, model_cls=UOEModel, prefix=UOEModel.prefix)
 
-__all__ = ["UOEConfig", "UOEExpertsLayer", "UOELayer", "UOEModel", "UOESubstituteLayer"]
+__all__ = ["UOEConfig", "UOEExpertsLayer", "UOELayer", "UOELinearLayer", "UOEModel", "UOERouterLayer"]

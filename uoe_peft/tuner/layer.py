@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from uoe_peft.moe import ExpertStorage, RoutedTokens
+from uoe_peft.moe import ExpertStorage, RoutedTokens, is_quantised, plain
 from uoe_peft.tuner.config import UOEConfig
 
 SliceKey = tuple[str, int]  # (projection, expert_idx)
@@ -79,8 +80,17 @@ class UOELayer(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)
 
     @abstractmethod
+    def base_parameter(self, projection: str, index: int) -> Tensor:
+        """The parameter that holds the slice."""
+
+    @abstractmethod
     def base_slice(self, projection: str, index: int) -> Tensor:
         """The slice as it lies in memory: a view, so that writing to it edits the model."""
+
+    def slice_shape(self, projection: str, index: int) -> tuple[int, int]:
+        """Rows and columns of the slice."""
+        rows, columns = self.base_slice(projection, index).shape
+        return rows, columns
 
     def is_transposed(self, projection: str) -> bool:
         """Whether :meth:`base_slice` has shape `(in, out)` rather than `(out, in)`."""
@@ -119,7 +129,7 @@ class UOELayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _empty(self, projection: str, indices: Sequence[int]) -> nn.Parameter:
-        return nn.Parameter(torch.zeros(len(indices), *self.base_slice(projection, indices[0]).shape))
+        return nn.Parameter(torch.zeros(len(indices), *self.slice_shape(projection, indices[0])))
 
     def _empty_a(self, projection: str, indices: Sequence[int], rank: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(len(indices), rank, self._in_out(projection, indices[0])[0]))
@@ -128,7 +138,7 @@ class UOELayer(nn.Module, BaseTunerLayer):
         return nn.Parameter(torch.zeros(len(indices), self._in_out(projection, indices[0])[1], rank))
 
     def _in_out(self, projection: str, index: int) -> tuple[int, int]:
-        rows, columns = self.base_slice(projection, index).shape
+        rows, columns = self.slice_shape(projection, index)
         return (rows, columns) if self.is_transposed(projection) else (columns, rows)
 
     @torch.no_grad()
@@ -143,7 +153,7 @@ class UOELayer(nn.Module, BaseTunerLayer):
             self._cancel_last_projection(adapter_name)
 
     def _cancel_last_projection(self, adapter_name: str) -> None:
-        """Make the edited experts contribute nothing. Only experts can be cancelled, so a router stays as it is."""
+        """Make the edited experts contribute nothing; a router, which can do no such thing, stays as it is."""
 
     @torch.no_grad()
     def set_weighted_sum(self, adapter_name: str, weights: Mapping[str, float]) -> None:
@@ -277,14 +287,14 @@ class UOELayer(nn.Module, BaseTunerLayer):
         self._merged_keys.add(key)
 
     def _check_writable(self, key: SliceKey) -> None:
-        base = self.base_slice(*key)
+        base = self.base_parameter(*key)
         reason = None
         if isinstance(base, DTensor):
             reason = "sharded over processes: gather the model first"
         elif base.is_meta:
             reason = "offloaded: load the model onto a device first"
-        elif not base.is_floating_point():
-            reason = f"quantised ({base.dtype}): load the model in bfloat16 or float32 first"
+        elif is_quantised(base):
+            reason = f"quantised ({type(base).__name__}, {base.dtype}): load the model in bfloat16 or float32 first"
         if reason:
             raise RuntimeError(f"cannot merge into {key[0]} of {type(self.base_layer).__name__}: it is {reason}")
 
@@ -320,7 +330,7 @@ class UOELayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         for factors in (d[adapter_name] for d in (self.uoe_delta, self.uoe_A, self.uoe_B) if adapter_name in d):
             for projection, parameter in cast(nn.ParameterDict, factors).items():
-                base = self.base_slice(projection, self.target_indices[adapter_name][0])
+                base = self.base_parameter(projection, self.target_indices[adapter_name][0])
                 if parameter.is_meta or (device is None and base.is_meta):
                     continue
                 # A quantised base has no dtype to train in.
@@ -339,9 +349,17 @@ class UOEExpertsLayer(UOELayer):
         super().__init__(base_layer, adapter_name)
         self.storage = storage
 
+    def base_parameter(self, projection: str, index: int) -> Tensor:
+        """The stack of all experts' matrices."""
+        return self.storage.parameter(projection, index)
+
     def base_slice(self, projection: str, index: int) -> Tensor:
         """One expert's matrix as it lies in memory."""
         return self.storage.weight(projection, index)
+
+    def slice_shape(self, projection: str, index: int) -> tuple[int, int]:
+        """Rows and columns of an expert's matrix."""
+        return self.storage.shape(projection)
 
     def is_transposed(self, projection: str) -> bool:
         """Whether the module stores `(in, out)` rather than `(out, in)`."""
@@ -350,8 +368,6 @@ class UOEExpertsLayer(UOELayer):
     def _cancel_last_projection(self, adapter_name: str) -> None:
         deltas = cast(nn.ParameterDict, self.uoe_delta[adapter_name])
         projection = self.storage.projections[-1]
-        if projection not in deltas:
-            raise ValueError(f'init_weights="zero_expert" needs {projection!r} among target_projections')
         slices = [self.base_slice(projection, index) for index in self.target_indices[adapter_name]]
         deltas[projection].copy_(torch.stack(slices).neg())
 
@@ -396,39 +412,93 @@ def _of_samples(tokens: RoutedTokens, mask: Tensor) -> RoutedTokens:
     )
 
 
-class UOESubstituteLayer(UOELayer):
-    """Deltas of whole matrices of a module: a router, or an expert that is a module of its own.
+class UOELinearLayer(UOELayer):
+    """The delta of a linear module, where an expert is a module of its own: `y = W x + delta x`.
 
-    The wrapped module is called with edited matrices in place of its own, so that a router's top-k, scaling, groups
-    and biases stay as they are.
+    The wrapped module is called as it is, so that it may be quantised in any form.
     """
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, *, matrices: Mapping[str, str], is_router: bool
-    ) -> None:
-        """Wrap a module.
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *, writes_output: bool) -> None:
+        """Wrap a linear module.
 
         Args:
             base_layer: The module.
             adapter_name: Name of the first adapter.
-            matrices: Path of the parameter, inside the module, for each projection's name.
-            is_router: Whether the module is a router, which sees every token of the batch in order.
+            writes_output: Whether its output is the expert's.
         """
         super().__init__(base_layer, adapter_name)
-        self.matrices = dict(matrices)
-        self.is_router = is_router
+        self.writes_output = writes_output
+
+    def base_parameter(self, projection: str, index: int) -> Tensor:
+        """The module's weight; there is one slice, whatever the index."""
+        return cast(Tensor, self.get_base_layer().weight)
 
     def base_slice(self, projection: str, index: int) -> Tensor:
-        """The whole matrix; there is one slice, whatever the index."""
-        return self.get_base_layer().get_parameter(self.matrices[projection])
+        """The module's weight, dequantised where it can be."""
+        return plain(self.base_parameter(projection, index))
+
+    def slice_shape(self, projection: str, index: int) -> tuple[int, int]:
+        """Of the matrix that the weight stands for: quantised weights are packed."""
+        base = cast(nn.Linear, self.get_base_layer())
+        return base.out_features, base.in_features
+
+    def _cancel_last_projection(self, adapter_name: str) -> None:
+        if self.writes_output:
+            for projection, delta in cast(nn.ParameterDict, self.uoe_delta[adapter_name]).items():
+                delta[0].copy_(self.base_slice(projection, 0).neg())
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The module's output with the deltas' added."""
+        groups = self.applied_groups(adapter_names)
+        result = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        for group in groups:
+            if group.samples is not None:
+                raise ValueError(
+                    "adapter_names is not supported where experts are separate modules: an expert does not see which "
+                    "sample its tokens are of"
+                )
+            for (projection, index), adapters in self.edited_keys(group.adapters).items():
+                for adapter_name in adapters:
+                    delta = self.get_delta_weight(adapter_name, projection, index)
+                    result = result + F.linear(x.to(delta.dtype), delta).to(result.dtype)
+        return result
+
+
+class UOERouterLayer(UOELayer):
+    """The delta of a router's matrix.
+
+    The router is called with the edited matrix in place of its own, so that its top-k, scaling, groups and biases stay
+    as they are.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *, gate_name: str) -> None:
+        """Wrap a router.
+
+        Args:
+            base_layer: The router.
+            adapter_name: Name of the first adapter.
+            gate_name: Path of the matrix inside the router.
+        """
+        super().__init__(base_layer, adapter_name)
+        self.gate_name = gate_name
+
+    def base_parameter(self, projection: str, index: int) -> Tensor:
+        """The router's matrix; there is one slice, whatever the index."""
+        return self.get_base_layer().get_parameter(self.gate_name)
+
+    def base_slice(self, projection: str, index: int) -> Tensor:
+        """The router's matrix, dequantised where it can be."""
+        return plain(self.base_parameter(projection, index))
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """What the wrapped module returns when it is called with edited matrices."""
+        """What the router returns when it is called with the edited matrix."""
         outputs: Any = None
         for group in self.applied_groups(adapter_names):
             keys = self.edited_keys(group.adapters)
-            substitutes = {self.matrices[key[0]]: self.edited_slice(key, adapters) for key, adapters in keys.items()}
-            edited = torch.func.functional_call(self.base_layer, substitutes, args, kwargs) if keys else None
+            edited = None
+            for key, adapters in keys.items():  # a router has one slice
+                substitute = {self.gate_name: self.edited_slice(key, adapters)}
+                edited = torch.func.functional_call(self.base_layer, substitute, args, kwargs)
             if group.samples is None:
                 return edited if keys else self.base_layer(*args, **kwargs)
             outputs = self.base_layer(*args, **kwargs) if outputs is None else outputs
@@ -436,12 +506,7 @@ class UOESubstituteLayer(UOELayer):
         return self.base_layer(*args, **kwargs) if outputs is None else outputs
 
     def _select(self, group: AppliedGroup, edited: Any, outputs: Any) -> Any:
-        """Outputs with the rows of a group's samples taken from the edited module's outputs."""
-        if not self.is_router:
-            raise ValueError(
-                f"adapter_names is not supported where experts are separate modules: {type(self.base_layer).__name__} "
-                "does not see which sample its tokens are of"
-            )
+        """Outputs with the rows of a group's samples taken from the edited router's."""
         if isinstance(outputs, tuple):
             return tuple(self._select(group, e, o) for e, o in zip(edited, outputs, strict=True))
         flat = outputs.reshape(-1, outputs.shape[-1])

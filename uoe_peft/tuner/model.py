@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, Literal, cast
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from uoe_peft.moe import ListedExperts, MoEBlock, find_moe_blocks
 from uoe_peft.tuner.config import UOEConfig
-from uoe_peft.tuner.layer import UOEExpertsLayer, UOELayer, UOESubstituteLayer
+from uoe_peft.tuner.layer import UOEExpertsLayer, UOELayer, UOELinearLayer, UOERouterLayer
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,20 @@ class _Target:
     """What an adapter edits in one module."""
 
     block: MoEBlock
+    kind: Literal["experts", "linear", "router"]
     projections: tuple[str, ...]
     indices: tuple[int, ...]
     delta_type: str
-    matrices: dict[str, str] | None  # parameter paths, for modules that are called with substitutes
+    writes_output: bool = False  # of a linear module: whether its output is the expert's
 
     def wrap(self, module: nn.Module, adapter_name: str) -> UOELayer:
-        if self.matrices is not None:
-            is_router = module is self.block.router
-            return UOESubstituteLayer(module, adapter_name, matrices=self.matrices, is_router=is_router)
-        return UOEExpertsLayer(module, adapter_name, storage=self.block.storage)
+        match self.kind:
+            case "experts":
+                return UOEExpertsLayer(module, adapter_name, storage=self.block.storage)
+            case "linear":
+                return UOELinearLayer(module, adapter_name, writes_output=self.writes_output)
+            case "router":
+                return UOERouterLayer(module, adapter_name, gate_name=self.block.gate_name)
 
 
 class UOEModel(BaseTuner):
@@ -264,18 +269,21 @@ def _expert_targets(config: UOEConfig, block: MoEBlock, experts: tuple[int, ...]
     unknown = sorted(set(projections) - set(storage.projections))
     if unknown:
         raise ValueError(f"{block.experts_name} has no target_projections {unknown}; it has {storage.projections}")
+    if config.init_weights == "zero_expert" and storage.projections[-1] not in projections:
+        raise ValueError(f'init_weights="zero_expert" needs {storage.projections[-1]!r} among target_projections')
     if not isinstance(storage, ListedExperts):
-        return {block.experts_name: _Target(block, projections, experts, config.delta_type, None)}
-    matrices = {projection.replace(".", "_"): f"{projection}.weight" for projection in projections}
-    shared = _Target(block, tuple(matrices), (), config.delta_type, matrices)
-    return {
-        f"{block.experts_name}.{storage.child_name(expert)}": replace(shared, indices=(expert,)) for expert in experts
-    }
+        return {block.experts_name: _Target(block, "experts", projections, experts, config.delta_type)}
+    targets = {}
+    for projection, expert_idx in product(projections, experts):
+        last = projection == storage.projections[-1]
+        path = f"{block.experts_name}.{storage.linear_name(projection, expert_idx)}"
+        targets[path] = _Target(block, "linear", ("weight",), (expert_idx,), config.delta_type, writes_output=last)
+    return targets
 
 
 def _router_target(config: UOEConfig, block: MoEBlock) -> dict[str, _Target]:
     name = block.gate_name.removesuffix(".weight").replace(".", "_")
-    return {block.router_name: _Target(block, (name,), (0,), config.router_delta_type, {name: block.gate_name})}
+    return {block.router_name: _Target(block, "router", (name,), (0,), config.router_delta_type)}
 
 
 def _check_pair(layer_idx: int, expert_idx: int, blocks: dict[int, MoEBlock], model: nn.Module) -> None:
@@ -306,5 +314,5 @@ def _check_same_base(config: UOEConfig, blocks: dict[str, MoEBlock], model: nn.M
 
 
 def _describe(block: MoEBlock) -> dict[str, Any]:
-    shapes = {name: list(block.storage.weight(name, 0).shape) for name in block.storage.projections}
+    shapes = {name: list(block.storage.shape(name)) for name in block.storage.projections}
     return {"num_experts": block.num_experts, "shapes": shapes}
