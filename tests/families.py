@@ -9,7 +9,7 @@ square slice would hide a transposed one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
@@ -145,6 +145,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+# Families whose language model is also part of a larger one, with towers for images or speech.
+WHOLE = ("aria", "dots3_note", "gemma4", "inkling", "minimax_m3_vl", "qwen3_5_moe", "qwen4_exp")
+_WHOLE_OVERRIDES: dict[str, dict[str, Any]] = {
+    "dots3_note": {
+        "vision_config.mlp_layer_types": _DENSE_FIRST,
+        "vision_config.per_layer_config": {},
+        "vision_config.adapter_in_dim": HIDDEN,
+        "vision_config.adapter_out_dim": HIDDEN,
+        "audio_config.adapter_input_size": HIDDEN,
+        "audio_config.adapter_out_dim": HIDDEN,
+    },
+}
+
 # The model to build, where it is not the first of the usual kinds.
 _CLASSES = {
     "diffusion_gemma": "DiffusionGemmaEncoderTextModel",
@@ -153,7 +166,7 @@ _CLASSES = {
 _KINDS = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification")
 
 
-def model_class(family: str) -> type[PreTrainedModel]:
+def model_class(family: str, *, kinds: Sequence[str] = _KINDS) -> type[PreTrainedModel]:
     """The family's causal language model; else the smallest of its models that contains one."""
     module = import_module(f"transformers.models.{family}.modeling_{family}")
     classes = [
@@ -161,7 +174,7 @@ def model_class(family: str) -> type[PreTrainedModel]:
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
     ]
-    for ending in (_CLASSES.get(family, ""), *_KINDS):
+    for ending in (_CLASSES.get(family, ""), *kinds):
         for candidate in classes:
             if ending and candidate.__name__.endswith(ending):
                 return candidate
@@ -175,6 +188,15 @@ def build(family: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel
         model = listed_model(REMOTE_CODE[family]) if family in REMOTE_CODE else model_class(family)(_config(family))
     randomise(model)
     return model.eval().to(dtype)
+
+
+def build_whole(family: str) -> PreTrainedModel:
+    """The model with towers that holds a family's language model; one of :data:`WHOLE`."""
+    cls = model_class(family, kinds=("ForConditionalGeneration",))
+    overrides = {f"text_config.{name}": value for name, value in OVERRIDES.get(family, {}).items()}
+    model = cls(tiny_config(cls.config_class, overrides | _WHOLE_OVERRIDES.get(family, {})))
+    randomise(model)
+    return model.eval()
 
 
 def token_ids() -> Tensor:
@@ -193,7 +215,7 @@ def logits(model: nn.Module, input_ids: Tensor) -> Tensor:
 def randomise(model: nn.Module) -> None:
     """Replace every weight by a random value: zero routers and biases, or identity norms, would hide mistakes.
 
-    Matrices keep the scale of their inputs; vectors and float buffers that are saved get noise on top of what they are.
+    Matrices get the scale of their inputs; vectors and saved float buffers get noise on top of what they are.
     """
     generator = torch.Generator().manual_seed(0)
     saved = model.state_dict().keys()
@@ -220,7 +242,8 @@ def tiny_config(config_class: type[PreTrainedConfig], overrides: Mapping[str, An
     for name in config_class.sub_configs or {}:
         part = getattr(default, name, None)
         if isinstance(part, PreTrainedConfig):
-            own = {key.removeprefix(f"{name}."): value for key, value in overrides.items() if key.startswith(f"{name}.")}
+            start = f"{name}."
+            own = {key.removeprefix(start): value for key, value in overrides.items() if key.startswith(start)}
             given[name] = tiny_config(type(part), own)
     return config_class(**given | {name: value for name, value in overrides.items() if "." not in name})
 

@@ -65,7 +65,9 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
     stored = list(_experts_modules(model))
     found = [block for block in (_block(model, name, storage) for name, storage in stored) if block is not None]
     if not found:
-        raise UnsupportedModelError(_nothing_found(model, [name for name, _ in stored]))
+        # A list of MLPs without a router is most likely none of experts: it says nothing about what is missing.
+        stacked = [name for name, storage in stored if not isinstance(storage, ListedExperts)]
+        raise UnsupportedModelError(_nothing_found(model, without_router=stacked))
     blocks = _of_text_decoder(model, found)
     _check_one_per_layer(model, blocks)
     _check_not_shared(model, blocks, others=[block for block in found if block not in blocks])
@@ -84,7 +86,7 @@ def _experts_modules(model: nn.Module) -> Iterator[tuple[str, ExpertStorage]]:
             yield name, storage
 
 
-def _nothing_found(model: nn.Module, without_router: list[str]) -> str:
+def _nothing_found(model: nn.Module, *, without_router: list[str]) -> str:
     name = type(model).__name__
     if without_router:
         return (
@@ -93,8 +95,8 @@ def _nothing_found(model: nn.Module, without_router: list[str]) -> str:
         )
     return (
         f"{name} has no Mixture-of-Experts block that can be edited; expected a module with stacked expert parameters "
-        "(gate_up_proj or up_proj, and down_proj) or a list of expert MLPs, beside a router. Load a Mixture-of-Experts "
-        "model such as Qwen1.5-MoE, OLMoE or Mixtral; docs/families.md has all families"
+        "(gate_up_proj or up_proj, and down_proj) or a list of expert MLPs, beside a router. Load a model such as "
+        "Qwen1.5-MoE, OLMoE or Mixtral; docs/families.md lists all families"
     )
 
 

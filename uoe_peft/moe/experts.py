@@ -123,7 +123,7 @@ class StackedExperts(ExpertStorage):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether the module owns the stacks of this layout; shared experts may be stacked, too, but in three parts."""
+        """Whether the module owns the stacks of this layout; shared experts may be stacked too, in three parts."""
         stacks = {name for name, p in module._parameters.items() if p is not None and p.dim() == 3}
         up_names = stacks & {"gate_up_proj", "up_proj", "gate_proj"}
         return "down_proj" in stacks and up_names in ({"gate_up_proj"}, {"up_proj"})

@@ -1,0 +1,21 @@
+"""Forget batches -> affinity per (layer, expert) -> ExpertAttribution."""
+
+from uoe_peft.attribution.attribute import attribute_experts
+from uoe_peft.attribution.attribution import ExpertAttribution
+from uoe_peft.attribution.confidence import (
+    AttributionWarning,
+    Confidence,
+    GeneralistExpertWarning,
+    UnidentifiedExpertWarning,
+)
+from uoe_peft.attribution.expert_use import ExpertUse
+
+__all__ = [
+    "AttributionWarning",
+    "Confidence",
+    "ExpertAttribution",
+    "ExpertUse",
+    "GeneralistExpertWarning",
+    "UnidentifiedExpertWarning",
+    "attribute_experts",
+]
