@@ -1,5 +1,6 @@
 """Forget and retain sets -> tokenised examples -> paired batches."""
 
+from uoe_peft.data.alternatives import load_idk_answers, tokenize_with_alternatives
 from uoe_peft.data.answers import IGNORE_INDEX
 from uoe_peft.data.collation import Batch, collate, collate_groups
 from uoe_peft.data.pairing import PairedDataset, retain_index
@@ -11,6 +12,8 @@ __all__ = [
     "PairedDataset",
     "collate",
     "collate_groups",
+    "load_idk_answers",
     "retain_index",
     "tokenize_dataset",
+    "tokenize_with_alternatives",
 ]

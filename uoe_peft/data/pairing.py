@@ -96,6 +96,12 @@ class PairedDataset(TorchDataset[PairedRow]):
         """Hand out the pairs of `epoch` from now on."""
         self._epoch.fill_(epoch)
 
+    @property
+    def sets(self) -> dict[str, Dataset]:
+        """The sets by role: "forget", "retain" where there is one, and those of `extra`."""
+        retain = {} if self.retain is None else {"retain": self.retain}
+        return {"forget": self.forget, **retain, **self.extra}
+
     def __len__(self) -> int:
         return len(self.forget)
 

@@ -1,0 +1,54 @@
+"""What happens beside the steps: new pairs for each epoch, stopping once enough is forgotten."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from uoe_peft.data import PairedDataset
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NewPairsEachEpoch(TrainerCallback):
+    """Tells the paired data set which epoch has begun.
+
+    Accelerate's data loaders tell a sampler *or* a data set, and with several processes it is the sampler.
+    """
+
+    dataset: PairedDataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hand out the pairs of the epoch that begins, also in the middle of one after resuming."""
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+
+@dataclass(frozen=True)
+class StopWhenForgotten(TrainerCallback):
+    """Stops training once the token accuracy on forget batches is low enough.
+
+    Attributes:
+        accuracy: Stop at or below this, averaged over the steps between two logs.
+    """
+
+    accuracy: float
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Compare the accuracy that was just logged."""
+        reached = (logs or {}).get("forget_accuracy")
+        if reached is not None and reached <= self.accuracy:
+            logger.info("stopping at step %d: forget token accuracy %.3f", state.global_step, reached)
+            control.should_training_stop = True

@@ -1,0 +1,267 @@
+"""The chosen forget and retain losses, applied to a pair of batches.
+
+`L = forget_weight * L_forget + retain_weight * L_retain + anchor_weight * L_anchor`, Eq. 4 of
+https://arxiv.org/abs/2411.18797. This module maps names to losses; the losses are in `uoe_peft.losses`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from uoe_peft import losses
+from uoe_peft.data import Batch
+from uoe_peft.moe.routing import RoutingTrace
+from uoe_peft.training.config import UnlearningConfig
+from uoe_peft.training.forward import AnswerOutputs, forward_answers
+from uoe_peft.training.reference import Reference
+from uoe_peft.training.targets import Targets, anchor_term, selects_target, target_rates
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """What sums over a batch are divided by: the counts of the whole batch that one optimiser step sees.
+
+    When a step is split over several micro-batches or processes, these are the whole step's counts divided by
+    the number of parts; the average over the parts is then exactly the loss of the whole. None: the part's own.
+    """
+
+    tokens: Tensor | None = None
+    """Answer tokens."""
+    examples: Tensor | None = None
+    context: Tensor | None = None
+    """All tokens but padding."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pair of batches gave.
+
+    Attributes:
+        terms: "forget", and where they apply "retain" and "anchor": losses before weighting, with gradient. Scalars.
+        metrics: What else is logged. Scalars without gradient.
+        outputs: The model's outputs on the forget batch.
+    """
+
+    terms: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+    outputs: AnswerOutputs
+
+    def loss(self, args: UnlearningConfig) -> Tensor:
+        """The weighted sum of the terms. Scalar."""
+        weights = {"forget": args.forget_weight, "retain": args.retain_weight, "anchor": args.anchor_weight}
+        return torch.stack([weights[name] * term for name, term in self.terms.items()]).sum()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Forget and retain loss of a pair of batches.
+
+    Attributes:
+        args: Which losses, and their parameters.
+        reference: The base model's view.
+        targets: Target experts of UOE adapters by layer; empty for other models.
+        direction: Where "rmu" steers to, shape `(H,)`; None for other losses.
+    """
+
+    args: UnlearningConfig
+    reference: Reference
+    targets: Targets
+    direction: Tensor | None = None
+
+    def step(
+        self,
+        model: nn.Module,
+        batches: Mapping[str, Batch],
+        trace: RoutingTrace | None,
+        denominators: Mapping[str, Denominators],
+    ) -> Step:
+        """Run the model on a pair of batches and compute each loss term.
+
+        Args:
+            model: What to call: the trained model, or what a launcher wrapped it in.
+            batches: "forget", where there is a retain loss "retain", for some losses "alternative".
+            trace: Routing of the target layers in the model's latest pass; None for models without targets.
+            denominators: By role; where one is missing, the batch's own counts.
+        """
+        forget, no_counts = batches["forget"], Denominators()
+        counts = denominators.get("forget", no_counts)
+        outputs = forward_answers(model, forget, hidden_layer=self.forget_layer)
+        terms: dict[str, Tensor] = {}
+        metrics = {"forget_accuracy": outputs.accuracy, "forget_nll": -outputs.log_probs.detach().mean()}
+        forget_rates: Tensor | None = None
+        # The trace is of the latest pass: it is read before the model is called again.
+        if trace is not None:
+            mask = forget["attention_mask"]
+            forget_rates = target_rates(trace, self.targets, mask)
+            metrics["target_activation_rate"] = forget_rates.mean()
+            if self.args.anchor_weight > 0:
+                terms["anchor"] = anchor_term(trace, self.targets, mask, args=self.args, denominator=counts.context)
+        terms["forget"] = self.forget(model, batches, outputs, counts)
+        if "retain" in batches:
+            retain = batches["retain"]
+            kept = forward_answers(model, retain, hidden_layer=self.retain_layer)
+            metrics |= {"retain_accuracy": kept.accuracy, "retain_nll": -kept.log_probs.detach().mean()}
+            weights = self._token_weights(trace, retain, forget_rates)
+            counts = denominators.get("retain", no_counts)
+            terms["retain"] = self.retain(model, retain, kept, counts, token_weights=weights)
+        return Step(terms, metrics, outputs)
+
+    def _token_weights(self, trace: RoutingTrace | None, retain: Batch, forget_rates: Tensor | None) -> Tensor | None:
+        if self.args.retain_token_weights == "none" or trace is None or forget_rates is None:
+            return None
+        return losses.trace_weights(
+            selects_target(trace, self.targets, losses.answer_positions(retain["labels"])),
+            forget_rates,
+            target_rates(trace, self.targets, retain["attention_mask"]),
+            cap=self.args.trace_cap,
+        )
+
+    def reference_needs(self, *, examples_come_again: bool) -> dict[str, Literal["nll", "hidden"]]:
+        """What to ask the base model before the first step, by role.
+
+        With an adapter the base model can be asked at any time. Keeping hidden states would then only cost memory,
+        and keeping likelihoods pays where examples come up again.
+
+        Args:
+            examples_come_again: Whether training goes through the forget set more than once.
+        """
+        args, adapter = self.args, self.reference.has_adapter
+        needs: dict[str, Literal["nll", "hidden"]] = {}
+        if args.forget_loss in ("npo", "dpo") and (examples_come_again or not adapter):
+            needs["forget"] = "nll"
+            if args.forget_loss == "dpo":
+                needs["alternative"] = "nll"
+        if args.forget_loss == "rmu" and args.rmu_coefficient is None and not adapter:
+            needs["forget"] = "hidden"
+        if args.retain_loss == "embed_diff" and args.needs_retain and not adapter:
+            needs["retain"] = "hidden"
+        return needs
+
+    @property
+    def forget_layer(self) -> int | None:
+        """Decoder layer whose output the forget loss reads."""
+        return self.reference.hidden_layer if self.args.forget_loss == "rmu" else None
+
+    @property
+    def retain_layer(self) -> int | None:
+        """Decoder layer whose output the retain loss reads."""
+        return self.reference.hidden_layer if self.args.retain_loss == "embed_diff" else None
+
+    def forget(
+        self, model: nn.Module, batches: Mapping[str, Batch], outputs: AnswerOutputs, denominators: Denominators
+    ) -> Tensor:
+        """The forget loss.
+
+        Args:
+            model: The model, for losses that need a further pass.
+            batches: "forget", and "alternative" for "dpo" and "idk".
+            outputs: The model's outputs on the forget batch.
+            denominators: Of the forget batch.
+
+        Returns:
+            Scalar, before weighting.
+        """
+        args, tokens, examples = self.args, denominators.tokens, denominators.examples
+        batch = batches["forget"]
+        match args.forget_loss:
+            case "grad_ascent":
+                return losses.grad_ascent_loss(outputs.log_probs, denominator=tokens)
+            case "wga":
+                return losses.wga_loss(outputs.log_probs, beta=args.forget_beta, denominator=tokens)
+            case "satimp":
+                return losses.satimp_loss(
+                    outputs.log_probs, beta1=args.satimp_beta1, beta2=args.satimp_beta2, denominator=tokens
+                )
+            case "npo":
+                nll, ref_nll = outputs.nll(), self.reference.nll(model, "forget", batch)
+                if args.npo_reduction == "mean":
+                    nll, ref_nll = nll / outputs.lengths, ref_nll / outputs.lengths
+                return losses.npo_loss(nll, ref_nll, beta=args.forget_beta, denominator=examples)
+            case "simnpo":
+                return losses.simnpo_loss(
+                    outputs.nll(),
+                    outputs.lengths,
+                    beta=args.forget_beta,
+                    delta=args.simnpo_delta,
+                    denominator=examples,
+                )
+            case "dpo":
+                return losses.dpo_loss(
+                    outputs.nll(),
+                    self.reference.nll(model, "forget", batch),
+                    forward_answers(model, batches["alternative"]).nll(),
+                    self.reference.nll(model, "alternative", batches["alternative"]),
+                    beta=args.forget_beta,
+                    denominator=examples,
+                )
+            case "idk":
+                # Per answer, not per token: the counts of the forget batch are then those of this batch, too.
+                said = forward_answers(model, batches["alternative"]).nll("mean")
+                return losses.mean(said, examples)
+            case "undial":
+                teacher = self.reference.answers(model, batch).logits
+                return losses.undial_loss(
+                    outputs.logits, teacher, outputs.targets, beta=args.forget_beta, denominator=tokens
+                )
+            case "random_label":
+                size = outputs.logits.shape[-1]
+                labels = losses.random_labels(outputs.targets, vocab_size=size, generator=None)
+                return losses.nll_loss(losses.token_log_probs(outputs.logits, labels), denominator=tokens)
+            case "adversarial_label":
+                labels = losses.adversarial_labels(outputs.logits, outputs.targets)
+                return losses.nll_loss(losses.token_log_probs(outputs.logits, labels), denominator=tokens)
+            case "rmu":
+                return self._rmu(model, batch, outputs, tokens)
+
+    def _rmu(self, model: nn.Module, batch: Batch, outputs: AnswerOutputs, tokens: Tensor | None) -> Tensor:
+        if outputs.hidden is None or self.direction is None:
+            raise RuntimeError("rmu needs hidden states and a direction; pass hidden_layer to the forward pass")
+        coefficient: float | Tensor | None = self.args.rmu_coefficient
+        if coefficient is None:
+            ref_hidden = self.reference.hidden(model, "forget", batch)
+            coefficient = losses.adaptive_coefficient(ref_hidden, beta=self.args.forget_beta)
+        return losses.rmu_loss(outputs.hidden, self.direction, coefficient=coefficient, denominator=tokens)
+
+    def retain(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        outputs: AnswerOutputs,
+        denominators: Denominators,
+        *,
+        token_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The retain loss.
+
+        Args:
+            model: The model, for losses that need a further pass.
+            batch: The retain batch.
+            outputs: The model's outputs on it.
+            denominators: Of the retain batch.
+            token_weights: Weights of the answer tokens in "nll". Shape `(N,)`.
+
+        Returns:
+            Scalar, before weighting.
+
+        Raises:
+            ValueError: The retain loss is "none".
+        """
+        tokens = denominators.tokens
+        match self.args.retain_loss:
+            case "nll":
+                return losses.nll_loss(outputs.log_probs, weights=token_weights, denominator=tokens)
+            case "kl":
+                ref_logits = self.reference.answers(model, batch).logits
+                return losses.kl_loss(outputs.logits, ref_logits, denominator=tokens)
+            case "embed_diff":
+                if outputs.hidden is None:
+                    raise RuntimeError("embed_diff needs hidden states; pass hidden_layer to the forward pass")
+                ref_hidden = self.reference.hidden(model, "retain", batch)
+                return losses.embed_diff_loss(outputs.hidden, ref_hidden, denominator=tokens)
+            case "none":
+                raise ValueError("retain_loss is 'none': there is no retain loss to compute")

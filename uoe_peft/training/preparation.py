@@ -1,0 +1,125 @@
+"""What must be settled before training: the sets, the tokenizer, the model that is attributed on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+
+from uoe_peft.data import PairedDataset, tokenize_dataset, tokenize_with_alternatives
+from uoe_peft.data.tokenization import ProcessingClass, materialise
+from uoe_peft.training.config import UnlearningConfig
+
+logger = logging.getLogger(__name__)
+
+_NEEDS_ALTERNATIVES = ("dpo", "idk")
+
+
+def check_sets(args: UnlearningConfig, forget: Any, retain: Any) -> None:
+    """Refuse missing and empty sets before a model is loaded.
+
+    Raises:
+        ValueError: There is no forget set, a set is empty, or a retain loss has no retain set.
+    """
+    if forget is None:
+        raise ValueError("train_dataset, the forget set, is required")
+    for name, dataset in (("forget", forget), ("retain", retain)):
+        if dataset is not None:
+            materialise(dataset, name=name)
+    if retain is None and args.needs_retain:
+        raise ValueError(
+            f"retain_loss={args.retain_loss!r} needs a retain set; pass retain_dataset, or set retain_loss='none'"
+        )
+
+
+def prepare_set(
+    dataset: Dataset | IterableDataset,
+    processing_class: ProcessingClass,
+    args: UnlearningConfig,
+    *,
+    name: str,
+    formatting_func: Callable[..., Any] | None = None,
+) -> Dataset:
+    """A set as token ids and labels; see `tokenize_dataset`."""
+    if formatting_func is not None:
+        dataset = dataset.map(lambda row: {args.dataset_text_field: formatting_func(row)})
+    return tokenize_dataset(
+        dataset,
+        processing_class,
+        max_length=args.max_length,
+        completion_only=args.completion_only_loss is not False,
+        name=name,
+        text_field=args.dataset_text_field,
+        truncation_mode=cast(Any, args.truncation_mode),
+    )
+
+
+def pair_sets(
+    forget: Dataset | IterableDataset,
+    retain: Dataset | IterableDataset | None,
+    processing_class: ProcessingClass,
+    args: UnlearningConfig,
+    *,
+    formatting_func: Callable[..., Any] | None = None,
+) -> PairedDataset:
+    """The training set: forget rows, their retain partners, and alternative answers where a loss needs them.
+
+    Raises:
+        ValueError: A set cannot be used, see `tokenize_dataset`; or it has no questions to give other answers to.
+    """
+    extra = {}
+    if args.forget_loss in _NEEDS_ALTERNATIVES:
+        tokenized, extra["alternative"] = tokenize_with_alternatives(
+            materialise(forget),
+            processing_class,
+            max_length=args.max_length,
+            truncation_mode=cast(Any, args.truncation_mode),
+            seed=args.seed,
+        )
+    else:
+        tokenized = prepare_set(forget, processing_class, args, name="forget", formatting_func=formatting_func)
+    kept = None
+    if retain is not None and args.needs_retain:
+        kept = prepare_set(retain, processing_class, args, name="retain", formatting_func=formatting_func)
+        _warn_of_overlap(tokenized, kept)
+    return PairedDataset(tokenized, kept, seed=args.seed, extra=extra)
+
+
+def _warn_of_overlap(forget: Dataset, retain: Dataset) -> None:
+    forget_rows = {tuple(ids) for ids in forget["input_ids"]}
+    shared = sum(tuple(ids) in forget_rows for ids in retain["input_ids"])
+    if shared:
+        logger.warning("%d rows of the retain set are in the forget set, too; they pull both ways", shared)
+
+
+def load_tokenizer(model: str | PreTrainedModel | PeftModel, args: UnlearningConfig) -> ProcessingClass:
+    """The tokenizer that was saved with a model.
+
+    Raises:
+        ValueError: The model does not say where it was loaded from.
+    """
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    if not name:
+        raise ValueError("the model does not say where it was loaded from; pass processing_class")
+    return cast(ProcessingClass, AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code))
+
+
+def load_model(
+    model: str | PreTrainedModel | PeftModel, args: UnlearningConfig, quantization_config: Any = None
+) -> PreTrainedModel:
+    """The model to attribute on: loaded if it is a name, and on the device that training will use."""
+    if isinstance(model, str):
+        set_seed(args.seed)
+        options: dict[str, Any] = {"dtype": torch.float32, **cast(dict[str, Any], args.model_init_kwargs or {})}
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
+        options.setdefault("trust_remote_code", args.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(model, **options)
+    placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    return cast(PreTrainedModel, model if placed else cast(nn.Module, model).to(args.device))

@@ -1,0 +1,133 @@
+"""The experts that an adapter edits: finding them ("auto"), anchoring the router to them, watching them.
+
+Letters: T tokens of a batch, padding included, N answer tokens, K experts per token, M target experts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import copy
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from uoe_peft import losses
+from uoe_peft.attribution import attribute_experts
+from uoe_peft.moe.routing import LayerRouting
+from uoe_peft.training.config import UnlearningConfig
+from uoe_peft.tuner import UOEConfig
+
+logger = logging.getLogger(__name__)
+
+Targets = dict[int, list[int]]
+"""Target experts by decoder layer."""
+
+
+def find_targets(model: nn.Module) -> Targets:
+    """Target experts of the model's active UOE adapters; empty where there is none."""
+    targets: defaultdict[int, set[int]] = defaultdict(set)
+    for config in active_configs(model):
+        for layer_idx, expert_idx in config.target_experts:
+            targets[layer_idx].add(expert_idx)
+    return {layer_idx: sorted(targets[layer_idx]) for layer_idx in sorted(targets)}
+
+
+def active_configs(model: nn.Module) -> list[UOEConfig]:
+    """Configs of the model's active UOE adapters."""
+    if not isinstance(model, PeftModel):
+        return []
+    configs = [model.peft_config[name] for name in model.active_adapters]
+    return [config for config in configs if isinstance(config, UOEConfig)]
+
+
+def anchor_term(
+    routing: Mapping[int, LayerRouting],
+    targets: Targets,
+    mask: Tensor,
+    *,
+    args: UnlearningConfig,
+    denominator: Tensor | None = None,
+) -> Tensor:
+    """Router anchor of a forget batch, Eq. 3 of https://arxiv.org/abs/2411.18797, mean over target layers.
+
+    Args:
+        routing: Of the forget batch.
+        targets: Target experts by layer.
+        mask: 1 for tokens, 0 for padding. Shape `(B, S)`.
+        args: `anchor_scores` and `anchor_reduction`.
+        denominator: Number of tokens to divide by; None for those of the batch.
+
+    Returns:
+        Scalar, before weighting.
+    """
+    terms = []
+    for layer_idx, experts in targets.items():
+        layer = routing[layer_idx]
+        scores = layer.scores
+        if args.anchor_scores == "topk":
+            scores = losses.mask_to_top_k(scores, layer.top_k_index)
+        counted = mask.flatten().bool()
+        terms.append(
+            losses.anchor_loss(scores, experts, counted, reduction=args.anchor_reduction, denominator=denominator)
+        )
+    return torch.stack(terms).mean()
+
+
+def target_rates(routing: Mapping[int, LayerRouting], targets: Targets, mask: Tensor) -> Tensor:
+    """Share of tokens that select each target expert: its activation rate. In [0, 1], shape `(M,)`.
+
+    Args:
+        routing: Of a batch.
+        targets: Target experts by layer.
+        mask: Tokens that count. Shape `(B, S)`.
+    """
+    return selects_target(routing, targets, mask).float().mean(dim=0)
+
+
+def selects_target(routing: Mapping[int, LayerRouting], targets: Targets, mask: Tensor) -> Tensor:
+    """Whether each token that counts selects each target expert. Bool of shape `(tokens that count, M)`."""
+    counted = mask.flatten().bool()
+    columns = [
+        (routing[layer_idx].top_k_index[counted] == expert).any(dim=-1)
+        for layer_idx, experts in targets.items()
+        for expert in experts
+    ]
+    return torch.stack(columns, dim=-1)
+
+
+def resolve_auto(
+    config: UOEConfig,
+    model: nn.Module,
+    forget_dataset: Any,
+    processing_class: Any,
+    *,
+    retain_dataset: Any,
+    args: UnlearningConfig,
+) -> UOEConfig:
+    """A copy of the config with `target_experts="auto"` replaced by what attribution finds on the forget set.
+
+    Raises:
+        ValueError: `attribution_score="contrast"` without a retain set.
+        UnsupportedModelError: The model has no routed experts.
+    """
+    attribution = attribute_experts(
+        model,
+        forget_dataset,
+        processing_class=processing_class,
+        score=args.attribution_score,
+        gate=args.attribution_gate,
+        retain_dataset=retain_dataset,
+        batch_size=args.per_device_train_batch_size,
+        max_length=args.max_length,
+        seed=args.seed,
+        show_progress=not args.disable_tqdm,
+    )
+    resolved = copy(config)
+    resolved.target_experts = sorted(attribution.top(args.num_target_experts))
+    resolved.attribution = attribution.metadata()
+    logger.info('target_experts="auto" is %s\n%s', resolved.target_experts, attribution.summary())
+    return resolved

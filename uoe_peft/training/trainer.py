@@ -1,0 +1,311 @@
+"""TRL's `SFTTrainer` for unlearning: paired forget and retain batches, and the losses of the field."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from uoe_peft.data import Batch, PairedDataset
+from uoe_peft.losses import answer_positions, control_direction
+from uoe_peft.moe.routing import RoutingTrace, record_routing
+from uoe_peft.training.callbacks import NewPairsEachEpoch, StopWhenForgotten
+from uoe_peft.training.collator import UnlearningCollator
+from uoe_peft.training.config import UnlearningConfig
+from uoe_peft.training.forward import decoder_layer
+from uoe_peft.training.objective import Denominators, Objective, Step
+from uoe_peft.training.preparation import check_sets, load_model, load_tokenizer, pair_sets, prepare_set
+from uoe_peft.training.reference import Reference
+from uoe_peft.training.routing_shift import selection_overlap
+from uoe_peft.training.targets import find_targets, resolve_auto
+from uoe_peft.tuner import UOEConfig
+
+logger = logging.getLogger(__name__)
+
+# Whole distributions are too large to be kept from before training.
+_NEEDS_ADAPTER = ("undial", "kl")
+
+
+class UnlearningTrainer(SFTTrainer):
+    """Trains a model to forget one set and to keep another.
+
+    Everything is as in TRL's :class:`~trl.SFTTrainer`, except: `train_dataset` is the forget set; each of its batches
+    is paired with a batch of `retain_dataset`; the loss is the one that :class:`UnlearningConfig` names; and
+    `eval_dataset` is evaluated by likelihood and token accuracy. UOE adapters also get the router anchor, Eq. 3 of
+    https://arxiv.org/abs/2411.18797, on the forget batch.
+
+    Losses that compare with the base model ask the same model with its adapter disabled. A model that is trained in
+    full is asked once, before the first step.
+
+    Sums over tokens and over examples are divided by the counts of the whole batch of an optimiser step, over all
+    accumulation steps and processes: 4 × 1 accumulation gives the gradient of 1 × 4.
+
+    Args:
+        model: A causal language model, a PEFT model, or the name of a model.
+        args: Which losses, and how to train.
+        train_dataset: The forget set, of any of TRL's types. For "dpo" and "idk" it may have a column "alternative".
+        retain_dataset: The retain set, likewise; needed unless `retain_loss` is "none".
+        eval_dataset: A set, or a dict of sets such as `{"forget": ..., "retain": ...}`.
+        processing_class: Tokenizer or processor; None: the model's own.
+        peft_config: Wraps the model in an adapter; `UOEConfig(target_experts="auto")` attributes on the forget set.
+        compute_metrics: As in TRL.
+        callbacks: As in TRL.
+        optimizers: As in TRL.
+        **kwargs: Further arguments of `SFTTrainer`.
+
+    Raises:
+        ValueError: No forget set, or an empty one; a retain loss without a retain set; answers that are all truncated
+            away; a loss that this model or this data cannot have.
+        UnsupportedModelError: `target_experts` with a model that has no routed experts.
+    """
+
+    _tag_names = ["uoe-peft", "unlearning", "trl"]  # noqa: RUF012 - as in TRL
+    _name = "Unlearning"
+    # The loss is the average over micro-batches, see `Denominators`; the Trainer divides by their number.
+    loss_is_scaled_for_ga: bool | None = False  # type: ignore[assignment]
+
+    args: UnlearningConfig
+    model: PreTrainedModel
+    train_dataset: PairedDataset
+    objective: Objective
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: UnlearningConfig | None = None,
+        *,
+        train_dataset: Dataset | IterableDataset | None = None,
+        retain_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        peft_config: PeftConfig | None = None,
+        compute_metrics: Callable[[Any], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        **kwargs: Any,
+    ) -> None:
+        args = UnlearningConfig() if args is None else args
+        check_sets(args, train_dataset, retain_dataset)
+        processing_class = processing_class or load_tokenizer(model, args)
+        if isinstance(peft_config, UOEConfig) and peft_config.target_experts == "auto":
+            model = load_model(model, args, kwargs.get("quantization_config"))
+            peft_config = resolve_auto(
+                peft_config, model, train_dataset, processing_class, retain_dataset=retain_dataset, args=args
+            )
+        self._unpaired = (train_dataset, retain_dataset)
+        self._trace: RoutingTrace | None = None
+        self._denominators: dict[str, Denominators] = {}
+        self._overlap_logged_at = -1
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            **kwargs,
+        )
+        self.data_collator = UnlearningCollator(self._tokenizer.pad_token_id, cast(Any, args.pad_to_multiple_of))
+        self.train_dataset = pair_sets(
+            *self._unpaired, self._processing_class, args, formatting_func=self._formatting_func
+        )
+        self._check_model()
+        self.objective = self._make_objective()
+        self._add_callbacks()
+        self._say_what_is_off()
+
+    # ---- Setting up ----
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: Callable[..., Any] | None,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        # TRL calls this for every set, once it has settled the tokenizer. The training set is paired after that.
+        if dataset_name == "train":
+            return dataset
+        config = cast(UnlearningConfig, args)
+        return prepare_set(dataset, processing_class, config, name=dataset_name, formatting_func=formatting_func)
+
+    @property
+    def _processing_class(self) -> PreTrainedTokenizerBase | ProcessorMixin:
+        return cast(Any, self.processing_class)
+
+    def _check_model(self) -> None:
+        is_adapter = isinstance(cast(nn.Module, self.model), PeftModel)
+        for name, loss in (("forget_loss", self.args.forget_loss), ("retain_loss", self.args.retain_loss)):
+            if loss in _NEEDS_ADAPTER and not is_adapter:
+                raise ValueError(
+                    f"{name}={loss!r} compares whole distributions with the base model's, which a model that is "
+                    "trained in full no longer has; train an adapter (peft_config=...) or choose another loss"
+                )
+        options = cast(dict[str, Any], self.args.gradient_checkpointing_kwargs or {})
+        anchored = self.args.anchor_weight > 0 and find_targets(self.model)
+        if anchored and self.args.gradient_checkpointing and options.get("use_reentrant"):
+            raise ValueError(
+                "the router anchor gets no gradient through reentrant gradient checkpointing; pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False} or anchor_weight=0"
+            )
+
+    def _make_objective(self) -> Objective:
+        targets = find_targets(self.model)
+        if self.args.forget_loss != "rmu" and self.args.retain_loss != "embed_diff":
+            return Objective(self.args, Reference(self.model), targets)
+        layer_idx = self.args.rmu_layer if self.args.rmu_layer is not None else max(targets, default=None)
+        if layer_idx is None:
+            raise ValueError(
+                "rmu and embed_diff read the output of one decoder layer: set rmu_layer (an adapter of another method "
+                "than UOE, or none, does not name a layer)"
+            )
+        decoder_layer(self.model, layer_idx)  # an index out of range is said now, not at the first step
+        hidden_size = self.model.config.get_text_config().hidden_size
+        direction = control_direction(hidden_size, seed=self.args.rmu_seed).to(self.args.device)
+        return Objective(self.args, Reference(self.model, layer_idx), targets, direction)
+
+    def _add_callbacks(self) -> None:
+        self.add_callback(NewPairsEachEpoch(self.train_dataset))
+        if self.args.stop_when_forget_accuracy is not None:
+            self.add_callback(StopWhenForgotten(self.args.stop_when_forget_accuracy))
+
+    def _say_what_is_off(self) -> None:
+        if self.args.router_aux_loss_coef == 0:
+            logger.info("router_aux_loss_coef is 0: load balancing would work against the router anchor")
+        else:
+            logger.warning("router_aux_loss_coef is not applied to unlearning: it works against the router anchor")
+        if self.args.anchor_weight > 0 and not self.objective.targets:
+            logger.info("no UOE adapter: the router anchor does not apply")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # Rows of pairs hold roles, rows of evaluation sets hold columns.
+        self._signature_columns = cast(Any, ["forget", "retain", "alternative", "input_ids", "labels"])
+
+    # ---- Training ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as in transformers; what the base model says is computed first where it does not change."""
+        self._precompute_reference()
+        with self._routing() as self._trace:
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self._trace = None
+
+    def _precompute_reference(self) -> None:
+        again = self._num_epochs() > 1
+        for role, needs in self.objective.reference_needs(examples_come_again=again).items():
+            dataset = self.train_dataset.sets[role]
+            rows = [{role: {**row, "index": index}} for index, row in enumerate(dataset)]
+            size = self.args.train_batch_size
+            batches = (self.data_collator(rows[i : i + size])[role] for i in range(0, len(rows), size))
+            with self.compute_loss_context_manager():
+                self.objective.reference.precompute(
+                    role, batches, with_hidden=needs == "hidden", place=self._prepare_inputs
+                )
+
+    def _num_epochs(self) -> float:
+        if self.args.max_steps > 0:
+            per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            return self.args.max_steps * per_step / len(self.train_dataset)
+        return float(self.args.num_train_epochs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of an optimiser step; their counts, over all processes, are kept for the losses."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._denominators = {role: self._count(batches, role) for role in (batches[0] if batches else ())}
+        return batches, None
+
+    def _count(self, batches: list[dict[str, Batch]], role: str) -> Denominators:
+        per_batch = [
+            torch.stack(
+                [
+                    answer_positions(batch[role]["labels"]).sum(),
+                    torch.ones_like(batch[role]["index"]).sum(),
+                    batch[role]["attention_mask"].sum(),
+                ]
+            )
+            for batch in batches
+        ]
+        counts = self.accelerator.reduce(torch.stack(per_batch).sum(dim=0).to(self.args.device), reduction="sum")
+        self._total_train_tokens += int(counts[2])
+        return Denominators(*(counts / (len(batches) * self.accelerator.num_processes)))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The unlearning loss of a pair of batches; of a plain batch, as evaluation has, its likelihood."""
+        if "forget" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._routing() if self._trace is None else nullcontext(self._trace) as trace:
+            step = self.objective.step(model, inputs, trace, self._denominators)
+        self._record(step, inputs)
+        return (step.loss(self.args), step.outputs) if return_outputs else step.loss(self.args)
+
+    def _routing(self) -> AbstractContextManager[RoutingTrace | None]:
+        targets = self.objective.targets
+        return record_routing(self.model, layer_indices=sorted(targets)) if targets else nullcontext()
+
+    # ---- Logging ----
+
+    def _record(self, step: Step, batches: dict[str, Batch]) -> None:
+        values = {f"loss_{name}": term.detach() for name, term in step.terms.items()} | step.metrics
+        if self._overlap_is_due():
+            for role in ("forget", "retain"):
+                if role in batches:
+                    values[f"{role}_selection_overlap"] = selection_overlap(self.objective.reference, batches[role])
+        # One exchange between processes and one wait for the device, for all values together.
+        gathered = self.accelerator.gather(torch.stack([value.float() for value in values.values()])[None])
+        means = dict(zip(values, gathered.mean(dim=0).tolist(), strict=True))
+        for name in step.terms:
+            self._check_finite(name, means[f"loss_{name}"], batches)
+        for name, value in means.items():
+            self._metrics["train"][name].append(value)
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def _overlap_is_due(self) -> bool:
+        step = self.state.global_step
+        if not self.args.log_routing or not self.objective.targets or step == self._overlap_logged_at:
+            return False
+        self._overlap_logged_at = step  # the first micro-batch of a step is enough
+        return (step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
+
+    def _check_finite(self, name: str, value: float, batches: dict[str, Batch]) -> None:
+        if math.isfinite(value):
+            return
+        term = {
+            "forget": f"forget loss ({self.args.forget_loss})",
+            "retain": f"retain loss ({self.args.retain_loss})",
+            "anchor": "router anchor",
+        }[name]
+        rows = batches["retain" if name == "retain" else "forget"]["index"].tolist()
+        raise FloatingPointError(
+            f"step {self.state.global_step + 1}: the {term} is {value} on the rows {rows}; the model has diverged. "
+            "Checkpoints saved before are untouched. Lower learning_rate, or choose a bounded loss such as npo"
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Estimated operations of a step, over the batches of all roles."""
+        batches = inputs.values() if "forget" in inputs else (inputs,)
+        return sum(super(UnlearningTrainer, self).floating_point_ops(batch) for batch in batches)
