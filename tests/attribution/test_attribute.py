@@ -345,6 +345,25 @@ def test_a_choice_that_the_data_cannot_make_warns(
     assert attribution.top(1) == [(0, 2)]
 
 
+def test_a_set_does_not_seem_to_differ_from_itself(
+    model: PreTrainedModel, forget_set: Dataset, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    attribution = attribute_experts(
+        model,
+        forget_set,
+        processing_class=tokenizer,
+        score="contrast",
+        retain_dataset=forget_set,
+        show_progress=False,
+    )
+    assert attribution.affinity.abs().max() == 0
+    sure = attribution.confidence
+    assert sure is not None
+    # The intervals know that both sets are samples.
+    assert (sure.low < 0).all()
+    assert (sure.high > 0).all()
+
+
 def test_one_sequence_warns_that_nothing_is_known_of_its_spread(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -119,6 +119,13 @@ def test_an_adapter_that_is_off_is_refused(scrambled: PeftModel, sets: dict[str,
         evaluate_unlearning(scrambled, **sets)
 
 
+def test_a_merged_adapter_is_refused_rather_than_unmerged(scrambled: PeftModel, sets: dict[str, Any]) -> None:
+    scrambled.merge_adapter()
+    with pytest.raises(ValueError, match=r"\['default'\] are merged.*unmerge_adapter"):
+        evaluate_unlearning(scrambled, **sets)
+    assert scrambled.get_model_status().merged_adapters == ["default"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from torchao.quantization import Float8Tensor, Int8WeightOnlyConfig, quantize_
 from transformers import PreTrainedModel
 
 from tests.families import build
@@ -18,6 +16,10 @@ from tests.tuner.conftest import base_state, make_config, randomise
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe import find_moe_blocks, is_quantised
 from uoe_peft.tuner import UOEConfig
+
+# Not among the extras of `make test`: PEFT imports them wherever they are installed, and both talk when imported.
+bnb = pytest.importorskip("bitsandbytes", reason="run `make test-quantization`", exc_type=ImportError)
+torchao = pytest.importorskip("torchao.quantization", reason="run `make test-quantization`", exc_type=ImportError)
 
 Logits = Callable[..., Tensor]
 LISTED = "listed, router module"
@@ -45,7 +47,7 @@ def to_float8_experts(model: PreTrainedModel) -> None:
     for block in find_moe_blocks(model):
         for projection in block.storage.projections:
             stack = getattr(block.storage.module, projection)
-            small = nn.Parameter(Float8Tensor.from_hp(stack.detach()), requires_grad=False)
+            small = nn.Parameter(torchao.Float8Tensor.from_hp(stack.detach()), requires_grad=False)
             setattr(block.storage.module, projection, small)
 
 
@@ -55,7 +57,7 @@ def test_experts_that_stay_in_full_precision_merge_as_usual(qwen: PreTrainedMode
     if kind == "bitsandbytes 8-bit":
         to_8bit_linear(model, inside="self_attn")
     else:
-        quantize_(model, Int8WeightOnlyConfig())
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     assert any(is_quantised(parameter) for parameter in model.parameters())
     before = logits(model)
     model = get_peft_model(model, make_config(model))

@@ -65,4 +65,4 @@ def _long_tail(axes: Any, attribution: ExpertAttribution, target: Pair) -> None:
 
 
 def _named(targets: Sequence[Pair]) -> str:
-    return ", ".join(f"{layer_idx}.{expert_idx}" for layer_idx, expert_idx in targets)
+    return "; ".join(f"layer {layer_idx}, expert {expert_idx}" for layer_idx, expert_idx in targets)

@@ -58,7 +58,7 @@ def evaluate_unlearning(
 
     Raises:
         TypeError: `model` has no adapter to switch off, or a set is no `Dataset`.
-        ValueError: The adapter is switched off already; a set is empty or has no usable columns or answers;
+        ValueError: The adapter is switched off or merged already; a set is empty or has no usable columns or answers;
             `max_examples`, `batch_size` or `max_new_tokens` is below 1.
         ImportError: The package `rouge-score` is missing.
     """
@@ -158,7 +158,13 @@ def _check(model: object, *, batch_size: int, max_new_tokens: int) -> None:
             f"model must be a PeftModel, whose adapter can be switched off, got {type(model).__name__}; "
             "use get_peft_model, PeftModel.from_pretrained or a trainer's model"
         )
-    if model.get_model_status().enabled is False:
+    status = model.get_model_status()
+    if status.merged_adapters:
+        raise ValueError(
+            f"the adapters {status.merged_adapters} are merged, and switching them off would unmerge them; call "
+            "unmerge_adapter() first"
+        )
+    if status.enabled is False:
         raise ValueError("the adapter is switched off, so base and unlearned would be the same model; enable it first")
     for name, value in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
         if value < 1:
