@@ -14,7 +14,7 @@ from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.remote_code import RouterKind, listed_model
+
+ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 
 # Routed experts that are written without the decorator of the other families.
 _OWN_CONTRACT = ("dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers")
@@ -194,7 +196,7 @@ def build_whole(family: str) -> PreTrainedModel:
     """The model with towers that holds a family's language model; one of :data:`WHOLE`."""
     cls = model_class(family, kinds=("ForConditionalGeneration",))
     overrides = {f"text_config.{name}": value for name, value in OVERRIDES.get(family, {}).items()}
-    model = cls(tiny_config(cls.config_class, overrides | _WHOLE_OVERRIDES.get(family, {})))
+    model = cls(tiny_config(_config_class(cls), overrides | _WHOLE_OVERRIDES.get(family, {})))
     randomise(model)
     return model.eval()
 
@@ -232,10 +234,15 @@ def randomise(model: nn.Module) -> None:
 
 @cache
 def _config(family: str) -> PreTrainedConfig:
-    return tiny_config(model_class(family).config_class, OVERRIDES.get(family, {}))
+    return tiny_config(_config_class(model_class(family)), OVERRIDES.get(family, {}))
 
 
-def tiny_config(config_class: type[PreTrainedConfig], overrides: Mapping[str, Any]) -> PreTrainedConfig:
+def _config_class(cls: type[PreTrainedModel]) -> type[PreTrainedConfig]:
+    assert cls.config_class is not None
+    return cls.config_class
+
+
+def tiny_config(config_class: type[ConfigT], overrides: Mapping[str, Any]) -> ConfigT:
     """A configuration of a class with its sizes, and those of its parts, shrunk."""
     default = config_class()
     given = _tiny_values(default)

@@ -139,7 +139,14 @@ def test_what_is_called_a_router_goes_before_what_is_called_a_gate() -> None:
     router = nn.Sequential(nn.Linear(32, 40), nn.Linear(40, 5))
     layer = Layer(per_layer_input_gate=nn.Linear(32, 5), experts=Experts(), router=router)
     (block,) = find_moe_blocks(Model(layer))
-    assert (block.router_name, block.gate_name, block.hidden_size) == ("text.layers.0.router", "1.weight", 40)
+    assert (block.router_name, block.hidden_size) == ("text.layers.0.router", 40)
+
+
+@pytest.mark.parametrize(("hidden", "classes"), [(5, 6), (8, 5), (7, 7)])
+def test_the_last_matrix_of_a_router_gives_its_logits(hidden: int, classes: int) -> None:
+    router = nn.Sequential(nn.Linear(32, hidden), nn.GELU(), nn.Linear(hidden, classes))
+    (block,) = find_moe_blocks(Model(Layer(experts=Experts(), router=router)))
+    assert (block.gate_name, block.hidden_size) == ("2.weight", hidden)
 
 
 def test_a_list_of_mlps_needs_something_that_is_called_a_router() -> None:

@@ -145,13 +145,11 @@ def _router_beside(model: nn.Module, experts_name: str, storage: ExpertStorage) 
 def _gate_matrix(module: nn.Module, num_experts: int) -> tuple[str, int] | None:
     """Name and input size of the matrix that yields router logits: the last one with a row for each expert.
 
-    Some routers know classes that compute nothing (a skip expert, identity experts) and have more rows than experts;
-    an exact match goes first.
+    Some routers know more classes than experts (a skip expert, identity experts, shared ones), but not twice as many.
     """
     matrices = [(name, p.shape) for name, p in module.named_parameters() if p.dim() == 2]
-    exact = [(name, shape[1]) for name, shape in matrices if shape[0] == num_experts]
-    wider = [(name, shape[1]) for name, shape in matrices if num_experts < shape[0] <= 2 * num_experts]
-    return next(reversed(exact or wider), None)
+    fitting = [(name, rows[1]) for name, rows in matrices if num_experts <= rows[0] <= 2 * num_experts]
+    return fitting[-1] if fitting else None
 
 
 def _layer_idx(name: str) -> int:
