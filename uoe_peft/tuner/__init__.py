@@ -1,4 +1,4 @@
-"""The PEFT method: configuration, layers, model. Importing this package registers UOE with PEFT."""
+"""The PEFT method: configuration, deltas, layers, model. Importing this package registers UOE with PEFT."""
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -22,7 +22,8 @@ _add_peft_type("UOE")
 
 # The configuration reads the enum member, so it must exist before these imports.
 from uoe_peft.tuner.config import UOEConfig  # noqa: E402
-from uoe_peft.tuner.layer import UOEExpertsLayer, UOELayer, UOELinearLayer, UOERouterLayer  # noqa: E402
+from uoe_peft.tuner.delta import UOELayer  # noqa: E402
+from uoe_peft.tuner.layer import UOEExpertsLayer, UOELinearLayer, UOERouterLayer  # noqa: E402
 from uoe_peft.tuner.model import UOEModel  # noqa: E402
 
 if PeftType("UOE") not in PEFT_TYPE_TO_CONFIG_MAPPING:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from uoe_peft.moe import ListedExperts, MoEBlock, find_moe_blocks
 from uoe_peft.tuner.config import UOEConfig
-from uoe_peft.tuner.layer import UOEExpertsLayer, UOELayer, UOELinearLayer, UOERouterLayer
+from uoe_peft.tuner.delta import UOELayer
+from uoe_peft.tuner.layer import UOEExpertsLayer, UOELinearLayer, UOERouterLayer
 
 
 @dataclass(frozen=True)
