@@ -42,7 +42,8 @@ def main() -> None:
 
 
 def _measure(num_experts: int, *, repeats: int, device: str) -> list[dict[str, object]]:
-    return [_measure_delta(num_experts, delta_type, repeats=repeats, device=device) for delta_type in ("full", "low_rank")]
+    kinds = ("full", "low_rank")
+    return [_measure_delta(num_experts, kind, repeats=repeats, device=device) for kind in kinds]
 
 
 def _measure_delta(num_experts: int, delta_type: str, *, repeats: int, device: str) -> dict[str, object]:

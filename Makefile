@@ -1,0 +1,73 @@
+# `make demo` and `make test` set everything up on the first run, and only then.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The CPU build of torch. Without it pip would fetch several GB of CUDA libraries on Linux.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+OUTPUT_DIR ?= demo_output
+
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup-done
+# Apart from the environment: PEFT imports these wherever it finds them, and both print warnings when imported.
+QUANTIZERS := $(VENV)/quantizers
+
+# Nothing here needs the network after the set-up. The models are tiny: a second thread gains nothing, and on a busy
+# machine waiting for it costs twenty-fold.
+export HF_HUB_OFFLINE := 1
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-quantization lint format types layout bench clean
+
+help:
+	@echo 'make demo     find the expert, unlearn a topic, switch the adapter on and off (2 minutes)'
+	@echo 'make test     run the tests; make test-quantization those that need bitsandbytes and torchao'
+	@echo 'make lint     ruff: rules and format'
+	@echo 'make format   let ruff repair what it can'
+	@echo 'make types    mypy'
+	@echo 'make layout   check who imports whom'
+	@echo 'make bench    TOFU benchmark; needs UOE_DATA=<folder that holds tofu/>'
+	@echo 'make clean    remove the virtual environment and the outputs'
+
+$(SETUP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"needs Python 3.11 or newer, got {v[0]}.{v[1]}; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --extra-index-url $(TORCH_INDEX) torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(SETUP)
+
+demo: $(SETUP)
+	$(BIN)/uoe-peft demo --output_dir $(OUTPUT_DIR)
+
+test: $(SETUP)
+	$(BIN)/python -m pytest
+
+test-quantization: $(QUANTIZERS)
+	PYTHONPATH=$(QUANTIZERS) $(BIN)/python -m pytest tests/tuner/test_quantised.py
+
+$(QUANTIZERS): | $(SETUP)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ bitsandbytes torchao
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(SETUP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(SETUP)
+	$(BIN)/mypy
+
+layout: $(SETUP)
+	$(BIN)/python -m pytest --quiet tests/test_layout.py
+
+bench: $(SETUP)
+	@test -n "$(UOE_DATA)" || { echo 'set UOE_DATA to the folder that holds tofu/'; exit 1; }
+	$(BIN)/python benchmarks/tofu.py --data $(UOE_DATA)/tofu --output_dir outputs/tofu
+
+clean:
+	rm -rf $(VENV) $(OUTPUT_DIR) outputs

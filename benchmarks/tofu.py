@@ -1,0 +1,245 @@
+"""Unlearn five authors of TOFU with one expert of a small model that learned fifty of them.
+
+python benchmarks/tofu.py --data DIR [--output_dir outputs/tofu] [--minutes 8]
+
+DIR holds TOFU's `full.json` (https://arxiv.org/abs/2401.06121; 200 authors of 20 questions each). The last 50 authors
+are learned from scratch by a Mixture-of-Experts model of 2.6 M parameters; the last 5 are then to be forgotten. A twin
+that never saw these five is the reference. Half of the other authors' questions are used in unlearning, the other half
+is what "retain" scores are measured on.
+
+Every choice of expert is unlearned in the same way, a random one included: what it achieves needs no attribution.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM, set_seed
+
+from uoe_peft import (
+    UnlearningConfig,
+    UnlearningReport,
+    UnlearningTrainer,
+    UOEConfig,
+    attribute_experts,
+    evaluate_unlearning,
+)
+from uoe_peft.data import collate, tokenize_dataset
+
+NUM_AUTHORS, NUM_FORGET_AUTHORS, ROWS_AN_AUTHOR = 50, 5, 20
+PAD, EOS = "<|pad|>", "<|endoftext|>"
+
+
+@dataclass
+class TofuArguments:
+    """What is trained, for how long, and how it is unlearned."""
+
+    data: Path = field(metadata={"help": "Folder with TOFU's full.json."})
+    output_dir: Path = field(default=Path("outputs/tofu"), metadata={"help": "Where the table goes."})
+    minutes: float = field(default=8.0, metadata={"help": "Longest time that training base and twin may take."})
+    epochs: int = field(default=20, metadata={"help": "Passes over the data, if time allows."})
+    scores: list[str] = field(
+        default_factory=lambda: ["gate", "contrast", "random"], metadata={"help": "Attributions."}
+    )
+    forget_loss: str = field(default="npo", metadata={"help": "npo or grad_ascent."})
+    anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the anchor, Eq. 3."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Of the unlearning."})
+    num_train_epochs: float = field(default=8.0, metadata={"help": "Of the unlearning, passes over the forget set."})
+    seed: int = field(default=0, metadata={"help": "Of everything."})
+
+
+@dataclass(frozen=True)
+class Tofu:
+    """The rows, as prompts and completions."""
+
+    forget: Dataset
+    retain: Dataset
+    held_out: Dataset
+    everything: Dataset
+
+
+def main() -> None:
+    """Train or load base and twin, unlearn once for each attribution, print a table, write it as JSON."""
+    (args,) = HfArgumentParser(TofuArguments).parse_args_into_dataclasses()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    set_seed(args.seed)
+    tofu = load_tofu(args.data, seed=args.seed)
+    tokenizer = train_tokenizer(tofu.everything)
+    kept = tofu.everything.select(range(len(tofu.everything) - len(tofu.forget)))
+    base = learn(tofu.everything, tokenizer, args=args, name="base")
+    retrained = learn(kept, tokenizer, args=args, name="retrained")
+
+    results = {}
+    for score in args.scores:
+        report, targets, seconds = unlearn(deepcopy(base), retrained, tokenizer, tofu=tofu, score=score, args=args)
+        print(f"\n{score}: layer, expert = {targets}; {seconds:.0f} s of training\n{report.summary()}")
+        results[score] = report.to_dict() | {"target_experts": targets, "unlearning_seconds": round(seconds, 1)}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+    del settings["data"]
+    path = args.output_dir / "tofu.json"
+    path.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten to {path}")
+
+
+def load_tofu(folder: Path, *, seed: int) -> Tofu:
+    """The last authors of TOFU; the very last ones are the forget set."""
+    lines = (folder / "full.json").read_text(encoding="utf-8").splitlines()[-NUM_AUTHORS * ROWS_AN_AUTHOR :]
+    rows = [json.loads(line) for line in lines]
+    everything = Dataset.from_list(
+        [{"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"} for row in rows]
+    )
+    num_kept = len(rows) - NUM_FORGET_AUTHORS * ROWS_AN_AUTHOR
+    halves = everything.select(range(num_kept)).train_test_split(test_size=0.5, seed=seed)
+    forget = everything.select(range(num_kept, len(rows)))
+    return Tofu(forget=forget, retain=halves["train"], held_out=halves["test"], everything=everything)
+
+
+def train_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 4,096 entries."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((row["prompt"] + row["completion"] for row in rows), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2MoeForCausalLM:
+    """Four layers of eight experts, two a token."""
+    config = Qwen2MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=128,
+        shared_expert_intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        router_aux_loss_coef=0.001,
+        output_router_logits=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return Qwen2MoeForCausalLM(config)
+
+
+def learn(rows: Dataset, tokenizer: PreTrainedTokenizerFast, *, args: TofuArguments, name: str) -> Qwen2MoeForCausalLM:
+    """A model trained on `rows` from scratch: for `args.epochs`, or until half of `args.minutes` is over."""
+    set_seed(args.seed)
+    model = new_model(tokenizer).train()
+    examples = list(tokenize_dataset(rows, tokenizer, max_length=None, name=name))
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    steps = [batch for _ in range(args.epochs) for batch in shuffled_batches(examples, batch_size=16)]
+    started, budget = time.perf_counter(), args.minutes * 60 / 2
+    for step, batch in enumerate(bar := tqdm(steps, desc=f"{name} learns", unit="step")):
+        # Of the steps or of the time, whichever runs out first: the learning rate then has fallen to its end.
+        progress = max(step / len(steps), (time.perf_counter() - started) / budget)
+        if progress >= 1:
+            print(f"{name}: stopped after {step} of {len(steps)} steps, since {args.minutes} minutes were allowed")
+            break
+        learning_rate = 2e-3 * min(1, (step + 1) / 50) * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = model(**collate(batch, pad_token_id=tokenizer.pad_token_id)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    model.config.output_router_logits = False
+    return model.eval()
+
+
+def shuffled_batches(examples: list[dict[str, list[int]]], *, batch_size: int) -> list[list[dict[str, list[int]]]]:
+    """Every example once, with others of similar length, in random order."""
+    noise = torch.rand(len(examples)).tolist()
+    order = sorted(range(len(examples)), key=lambda row: len(examples[row]["input_ids"]) * (0.9 + 0.2 * noise[row]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [[examples[row] for row in batches[place]] for place in torch.randperm(len(batches)).tolist()]
+
+
+def unlearn(
+    base: Qwen2MoeForCausalLM,
+    retrained: Qwen2MoeForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    tofu: Tofu,
+    score: str,
+    args: TofuArguments,
+) -> tuple[UnlearningReport, list[tuple[int, int]], float]:
+    """The report, the target and the seconds that training took."""
+    attribution = attribute_experts(
+        base,
+        tofu.forget,
+        processing_class=tokenizer,
+        score=score,
+        retain_dataset=tofu.retain if score == "contrast" else None,
+        seed=args.seed,
+    )
+    targets = attribution.top(1)
+    trainer = UnlearningTrainer(
+        model=base,
+        args=UnlearningConfig(
+            output_dir=str(args.output_dir / "training"),
+            forget_loss=args.forget_loss,
+            retain_loss="nll",
+            anchor_weight=args.anchor_weight,
+            learning_rate=args.learning_rate,
+            num_train_epochs=args.num_train_epochs,
+            per_device_train_batch_size=8,
+            gradient_checkpointing=False,
+            bf16=False,
+            save_strategy="no",
+            report_to="none",
+            seed=args.seed,
+        ),
+        train_dataset=tofu.forget,
+        retain_dataset=tofu.retain,
+        processing_class=tokenizer,
+        peft_config=UOEConfig(target_experts=targets),
+    )
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    model = trainer.model
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"expected the trainer to hold a PeftModel, got {type(model).__name__}")
+    report = evaluate_unlearning(
+        model,
+        forget_dataset=tofu.forget,
+        retain_dataset=tofu.held_out,
+        processing_class=tokenizer,
+        retrained_model=retrained,
+        max_examples=len(tofu.forget),
+        batch_size=50,
+        seed=args.seed,
+    )
+    return report, targets, seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""`uoe-peft STAGE ...`: one thin command a stage of the pipeline."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+STAGES = {
+    "demo": "find the expert of a topic, unlearn it, switch it on and off, on a small bundled model",
+    "attribute": "rank the experts of a model by how much they serve a forget set",
+    "unlearn": "train an adapter that forgets a set",
+}
+
+USAGE = "\n".join(
+    [
+        "usage: uoe-peft STAGE [--config FILE.yaml] [options]",
+        "",
+        "stages:",
+        *(f"  {stage:10} {what}" for stage, what in STAGES.items()),
+        "",
+        "uoe-peft STAGE --help lists the options of a stage",
+    ]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stage that the first argument names with the other arguments.
+
+    Args:
+        arguments: What stands after `uoe-peft`; None: what this process was called with.
+
+    Raises:
+        SystemExit: With code 0 after printing help, 2 for an unknown stage.
+    """
+    match list(sys.argv[1:] if arguments is None else arguments):
+        case [] | ["-h" | "--help", *_]:
+            print(USAGE)
+            raise SystemExit(0)
+        case [stage, *options] if stage in STAGES:
+            # Imported only now: help should not wait for torch.
+            import_module(f"uoe_peft.cli.{stage}").run(options)
+        case [stage, *_]:
+            print(f"unknown stage {stage!r}; use one of {', '.join(STAGES)}\n\n{USAGE}", file=sys.stderr)
+            raise SystemExit(2)
