@@ -1,14 +1,17 @@
-"""What happens beside the steps: new pairs for each epoch, stopping once enough is forgotten."""
+"""What happens beside the steps: new pairs for each epoch, curvature, stopping once enough is forgotten."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from uoe_peft.data import PairedDataset
+from uoe_peft.training.curvature import Estimates
+from uoe_peft.training.sophia import Sophia
 
 logger = logging.getLogger(__name__)
 
@@ -52,3 +55,29 @@ class StopWhenForgotten(TrainerCallback):
         if reached is not None and reached <= self.accuracy:
             logger.info("stopping at step %d: forget token accuracy %.3f", state.global_step, reached)
             control.should_training_stop = True
+
+
+@dataclass(frozen=True)
+class EstimateCurvature(TrainerCallback):
+    """Gives Sophia an estimate of the curvature whenever it wants one.
+
+    Attributes:
+        estimate: Computes it on the step's data.
+    """
+
+    estimate: Callable[[], Estimates]
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Estimate before the step, if it is due."""
+        sophia = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if not isinstance(sophia, Sophia):
+            raise TypeError(f"sophia_estimator needs optim='sophia' and no optimizer of your own, got {sophia!r}")
+        if sophia.curvature_is_due:
+            sophia.add_curvature(self.estimate())

@@ -24,6 +24,7 @@ ForgetLoss = Literal[
     "adversarial_label",
 ]
 RetainLoss = Literal["none", "nll", "kl", "embed_diff"]
+SophiaEstimator = Literal["squared_gradient", "gauss_newton_bartlett", "hutchinson"]
 
 _CHOICES = {
     "forget_loss": get_args(ForgetLoss),
@@ -34,6 +35,8 @@ _CHOICES = {
     "retain_token_weights": ("none", "trace"),
     "attribution_score": get_args(Score),
     "attribution_gate": ("softmax", "applied"),
+    "prefix_cache": ("auto", True, False),
+    "sophia_estimator": get_args(SophiaEstimator),
 }
 
 # The papers' own defaults; one place for all of them.
@@ -44,7 +47,7 @@ _DEFAULT_BETA: dict[str, float] = {"npo": 0.1, "simnpo": 4.5, "dpo": 0.1, "undia
 class UnlearningConfig(SFTConfig):
     """Arguments of :class:`UnlearningTrainer`: those of TRL's `SFTConfig`, and the following.
 
-    Three defaults differ from TRL's. `learning_rate` is the paper's 1e-4. `gradient_checkpointing` is off: with one
+    Four defaults differ from TRL's. `learning_rate` is the paper's 1e-4. `gradient_checkpointing` is off: with one
     edited expert nothing is stored for the layers below it anyway. `bf16` is on only where there is an accelerator.
     And `router_aux_loss_coef` is 0: load balancing works against the anchor.
 
@@ -79,6 +82,30 @@ class UnlearningConfig(SFTConfig):
             logs, is at or below this. None: never.
         log_routing: Log, at each logging step, how far selected experts overlap with the base model's on forget and
             retain tokens. Costs one forward pass of each batch at these steps.
+        prefix_cache: Compute what enters the lowest edited layer once for each example, keep it on disk, and start
+            every step there. "auto": where examples come up more than once and the model, tried on its first batch,
+            gives the same results; otherwise training says why and runs the whole model. True: raise instead. False:
+            never. Results equal those of the whole model to the rounding of its dtype.
+        prefix_cache_dir: Where the cache is kept for later runs on the same model and rows. None: a temporary folder
+            that is removed after training.
+        optim: As in transformers, and "sophia", SOUL's optimiser (https://arxiv.org/abs/2404.18239). Then
+            `learning_rate` bounds what a weight moves in a step: 5e-6 to 1e-5 in the paper, on all weights.
+        sophia_estimator: Where Sophia's curvature comes from. "squared_gradient": the gradient itself, at no cost,
+            SOUL's own. "gauss_newton_bartlett": answers sampled from the model, on the forget and retain batch.
+            "hutchinson": the Hessian of the whole objective along random signs; differentiates twice. Each costs a
+            pass over the first micro-batch of the step.
+        sophia_interval: Steps between two estimates. None: 1 for "squared_gradient", else 10.
+        sophia_beta1: Decay of Sophia's momentum, in [0, 1).
+        sophia_beta2: Decay of its curvature, in [0, 1).
+        sophia_rho: Scale of its curvature, > 0: the larger, the fewer weights move by the full learning rate.
+        weight_mask_ratio: Train only this share of the trainable weights, those that WAGLE finds on the first
+            epoch (https://arxiv.org/abs/2410.17509); the others do not move by a bit, whatever `optim` and
+            `weight_decay`. Costs as much as that epoch, and memory for two copies of the trained weights. None:
+            train all.
+        weight_mask_mu: Curvature of the retain loss in WAGLE, > 0.
+        metric_for_best_model: As in transformers. With an `eval_dataset` of `{"forget": ..., "retain": ...}` there is
+            also "balance", the harmonic mean of `1 - exp(-forget loss)` and `exp(-retain loss)`: with
+            `load_best_model_at_end=True` training ends with the checkpoint that best forgets *and* retains.
 
     Raises:
         ValueError: An unknown choice, a number out of range, or an option of `SFTConfig` that unlearning cannot
@@ -127,14 +154,40 @@ class UnlearningConfig(SFTConfig):
         default=None, metadata={"help": "Stop once forget token accuracy is at or below this."}
     )
     log_routing: bool = field(default=True, metadata={"help": "Log routing overlap with the base model."})
+    prefix_cache: Literal["auto", True, False] = field(
+        default="auto", metadata={"help": "Start every step at the lowest edited layer."}
+    )
+    prefix_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where the prefix cache is kept; None: removed after training."}
+    )
+    # Declared anew: the parent's type makes the command line refuse names that transformers does not know.
+    optim: str = field(default=SFTConfig.default_optim, metadata={"help": 'As in transformers, or "sophia".'})
+    sophia_estimator: SophiaEstimator = field(
+        default="squared_gradient", metadata={"help": "Where the curvature of optim='sophia' comes from."}
+    )
+    sophia_interval: int | None = field(
+        default=None, metadata={"help": "Steps between two estimates; None: 1 for squared_gradient, else 10."}
+    )
+    sophia_beta1: float = field(default=0.9, metadata={"help": "Decay of Sophia's momentum."})
+    sophia_beta2: float = field(default=0.95, metadata={"help": "Decay of Sophia's curvature."})
+    sophia_rho: float = field(default=0.04, metadata={"help": "Scale of Sophia's curvature."})
+    weight_mask_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the trainable weights that WAGLE lets move; None: all."}
+    )
+    weight_mask_mu: float = field(default=1.0, metadata={"help": "Curvature of the retain loss in WAGLE."})
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.accelerator.is_available() and not self.use_cpu
         self._settle_checkpointing()
+        optim = self.optim
+        if optim == "sophia":
+            self.optim = "adamw_torch"  # transformers accepts the names of its own enum only
         super().__post_init__()
+        self.optim = optim if optim == "sophia" else self.optim
         self._check_choices()
         self._check_numbers()
+        self._check_optimiser()
         self._check_inherited()
 
     @property
@@ -176,6 +229,18 @@ class UnlearningConfig(SFTConfig):
         stop = self.stop_when_forget_accuracy
         if stop is not None and not 0 <= stop <= 1:
             raise ValueError(f"stop_when_forget_accuracy must be in [0, 1], got {stop}")
+
+    def _check_optimiser(self) -> None:
+        for name in ("sophia_rho", "weight_mask_mu"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        for name in ("sophia_beta1", "sophia_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.sophia_interval is not None and self.sophia_interval < 1:
+            raise ValueError(f"sophia_interval must be >= 1, got {self.sophia_interval}")
+        if self.weight_mask_ratio is not None and not 0 < self.weight_mask_ratio <= 1:
+            raise ValueError(f"weight_mask_ratio must be in (0, 1], got {self.weight_mask_ratio}")
 
     def _check_inherited(self) -> None:
         if self.packing or self.padding_free or self.eval_packing:

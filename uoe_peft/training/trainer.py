@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,15 +20,22 @@ from trl.trainer.sft_trainer import SFTTrainer
 from uoe_peft.data import Batch, PairedDataset
 from uoe_peft.losses import answer_positions, control_direction
 from uoe_peft.moe.routing import RoutingTrace, record_routing
-from uoe_peft.training.callbacks import NewPairsEachEpoch, StopWhenForgotten
+from uoe_peft.training.balance import forget_retain_balance
+from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, StopWhenForgotten
 from uoe_peft.training.collator import UnlearningCollator
 from uoe_peft.training.config import UnlearningConfig
+from uoe_peft.training.curvature import Estimates, estimate_curvature
 from uoe_peft.training.forward import decoder_layer
+from uoe_peft.training.masks import KeepMasked, Masks, weight_attribution_mask
+from uoe_peft.training.model_card import PAPER, add_loading_section
 from uoe_peft.training.objective import Denominators, Objective, Step
+from uoe_peft.training.prefix_cache import PrefixCache, PrefixSource, prefix_cache
+from uoe_peft.training.prefix_choice import cache_or_none, rows_in_training
 from uoe_peft.training.preparation import check_sets, load_model, load_tokenizer, pair_sets, prepare_set
 from uoe_peft.training.reference import Reference
 from uoe_peft.training.routing_shift import selection_overlap
-from uoe_peft.training.targets import find_targets, resolve_auto
+from uoe_peft.training.sophia import sophia_and_options
+from uoe_peft.training.targets import active_configs, find_targets, resolve_auto
 from uoe_peft.tuner import UOEConfig
 
 logger = logging.getLogger(__name__)
@@ -71,6 +79,7 @@ class UnlearningTrainer(SFTTrainer):
 
     _tag_names = ["uoe-peft", "unlearning", "trl"]  # noqa: RUF012 - as in TRL
     _name = "Unlearning"
+    _paper = PAPER
     # The loss is the average over micro-batches, see `Denominators`; the Trainer divides by their number.
     loss_is_scaled_for_ga: bool | None = False  # type: ignore[assignment]
 
@@ -102,10 +111,14 @@ class UnlearningTrainer(SFTTrainer):
             peft_config = resolve_auto(
                 peft_config, model, train_dataset, processing_class, retain_dataset=retain_dataset, args=args
             )
+        if args.optim == "sophia":
+            kwargs.setdefault("optimizer_cls_and_kwargs", sophia_and_options(args))
         self._unpaired = (train_dataset, retain_dataset)
         self._trace: RoutingTrace | None = None
+        self._prefix: PrefixCache | None = None
         self._denominators: dict[str, Denominators] = {}
         self._overlap_logged_at = -1
+        self._keep_masked: KeepMasked | None = None
         super().__init__(
             model=model,
             args=args,
@@ -183,6 +196,11 @@ class UnlearningTrainer(SFTTrainer):
         self.add_callback(NewPairsEachEpoch(self.train_dataset))
         if self.args.stop_when_forget_accuracy is not None:
             self.add_callback(StopWhenForgotten(self.args.stop_when_forget_accuracy))
+        if self.args.optim == "sophia" and self.args.sophia_estimator != "squared_gradient":
+            self.add_callback(EstimateCurvature(self._estimate_curvature))
+        if self.args.weight_mask_ratio is not None:
+            self._keep_masked = KeepMasked(self.model, self._attribute_weights)
+            self.add_callback(self._keep_masked)
 
     def _say_what_is_off(self) -> None:
         if self.args.router_aux_loss_coef == 0:
@@ -199,13 +217,35 @@ class UnlearningTrainer(SFTTrainer):
     # ---- Training ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, as in transformers; what the base model says is computed first where it does not change."""
-        self._precompute_reference()
-        with self._routing() as self._trace:
-            try:
-                return super().train(*args, **kwargs)
-            finally:
-                self._trace = None
+        """Train, as in transformers; what does not change in training is computed first."""
+        with cache_or_none(self.args, self._make_prefix_cache, num_epochs=self._num_epochs()) as self._prefix:
+            self._precompute_reference()
+            with self._routing() as self._trace:
+                try:
+                    return super().train(*args, **kwargs)
+                finally:
+                    self._trace = self._prefix = None
+
+    def _make_prefix_cache(self) -> AbstractContextManager[PrefixCache]:
+        source = PrefixSource(
+            model=self.model,
+            batch_size=self.args.train_batch_size,
+            pad_token_id=self._tokenizer.pad_token_id,
+            place=self._prepare_inputs,
+            context=self.accelerator.autocast,
+        )
+        rows = [*rows_in_training(self.train_dataset, num_epochs=self._num_epochs()), *self._evaluated_rows()]
+        turns = self.accelerator.local_main_process_first if self.args.prefix_cache_dir else nullcontext
+        return prefix_cache(source, rows, directory=self.args.prefix_cache_dir, turns=turns)
+
+    def _evaluated_rows(self) -> list[list[int]]:
+        if self.args.eval_strategy == "no" or self.eval_dataset is None:
+            return []
+        sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return [ids for rows in sets for ids in cast(Any, rows)["input_ids"]]
+
+    def _from_prefix(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._prefix is None else self._prefix.serve(self.model)
 
     def _precompute_reference(self) -> None:
         again = self._num_epochs() > 1
@@ -214,7 +254,7 @@ class UnlearningTrainer(SFTTrainer):
             rows = [{role: {**row, "index": index}} for index, row in enumerate(dataset)]
             size = self.args.train_batch_size
             batches = (self.data_collator(rows[i : i + size])[role] for i in range(0, len(rows), size))
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast(), self._from_prefix():
                 self.objective.reference.precompute(
                     role, batches, with_hidden=needs == "hidden", place=self._prepare_inputs
                 )
@@ -231,6 +271,7 @@ class UnlearningTrainer(SFTTrainer):
         """The micro-batches of an optimiser step; their counts, over all processes, are kept for the losses."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._denominators = {role: self._count(batches, role) for role in (batches[0] if batches else ())}
+        self._first_micro_batch = batches[0] if batches else {}
         return batches, None
 
     def _count(self, batches: list[dict[str, Batch]], role: str) -> Denominators:
@@ -257,8 +298,9 @@ class UnlearningTrainer(SFTTrainer):
     ) -> Any:
         """The unlearning loss of a pair of batches; of a plain batch, as evaluation has, its likelihood."""
         if "forget" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self._routing() if self._trace is None else nullcontext(self._trace) as trace:
+            with self._from_prefix():
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._routing() if self._trace is None else nullcontext(self._trace) as trace, self._from_prefix():
             step = self.objective.step(model, inputs, trace, self._denominators)
         self._record(step, inputs)
         return (step.loss(self.args), step.outputs) if return_outputs else step.loss(self.args)
@@ -266,6 +308,54 @@ class UnlearningTrainer(SFTTrainer):
     def _routing(self) -> AbstractContextManager[RoutingTrace | None]:
         targets = self.objective.targets
         return record_routing(self.model, layer_indices=sorted(targets)) if targets else nullcontext()
+
+    def _estimate_curvature(self) -> Estimates:
+        batches = cast(dict[str, Batch], self._prepare_inputs(self._first_micro_batch))
+        with self.accelerator.autocast(), self._from_prefix():
+            estimates = estimate_curvature(self.objective, batches, self._trace)
+        return {p: self.accelerator.reduce(estimate, reduction="mean") for p, estimate in estimates.items()}
+
+    def _attribute_weights(self) -> Masks:
+        ratio = cast(float, self.args.weight_mask_ratio)
+        with self.accelerator.autocast(), self._from_prefix():
+            retain = self._first_epoch("retain") if "retain" in self.train_dataset.sets else None
+            mu = self.args.weight_mask_mu
+            return weight_attribution_mask(self.model, self._first_epoch("forget"), retain, ratio=ratio, mu=mu)
+
+    def _first_epoch(self, role: str) -> Iterator[Batch]:
+        self.train_dataset.set_epoch(0)
+        size = self.args.train_batch_size
+        for start in range(0, len(self.train_dataset), size):
+            rows = [self.train_dataset[i] for i in range(start, min(start + size, len(self.train_dataset)))]
+            batch = self.data_collator([{role: row[role]} for row in rows])[role]
+            yield cast(Batch, self._prepare_inputs(batch))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._keep_masked is not None:
+            self._keep_masked.load(Path(resume_from_checkpoint))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        add_loading_section(folder / "README.md", active_configs(self.model))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in TRL; of a UOE adapter also how to load it."""
+        super().create_model_card(*args, **kwargs)
+        add_loading_section(Path(cast(str, self.args.output_dir)) / "README.md", active_configs(self.model))
+
+    # ---- Evaluation ----
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in transformers; of a forget and a retain set also their balance, see `metric_for_best_model`."""
+        metrics = super().evaluate(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        both = [metrics.get(f"{prefix}_{role}_loss") for role in ("forget", "retain")]
+        if None not in both:
+            metrics[f"{prefix}_balance"] = forget_retain_balance(*cast(list[float], both))
+            self.log({f"{prefix}_balance": metrics[f"{prefix}_balance"]})
+        return metrics
 
     # ---- Logging ----
 

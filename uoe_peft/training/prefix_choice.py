@@ -1,0 +1,77 @@
+"""Whether training starts at the lowest edited layer, and with which rows in the cache."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, cast
+
+from uoe_peft.data import PairedDataset
+from uoe_peft.data.pairing import retain_index
+from uoe_peft.training.config import UnlearningConfig
+from uoe_peft.training.prefix_cache import PrefixCache
+from uoe_peft.training.prefix_store import NothingToCache, PrefixCacheUnavailable
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def cache_or_none(
+    args: UnlearningConfig, make: Callable[[], AbstractContextManager[PrefixCache]], *, num_epochs: float
+) -> Iterator[PrefixCache | None]:
+    """The cache that `prefix_cache` asks for, or None where training runs the whole model; the log says why.
+
+    Args:
+        args: `prefix_cache` and the settings that it depends on.
+        make: Makes the cache.
+        num_epochs: How often training goes through the forget set.
+
+    Raises:
+        PrefixCacheUnavailable: `prefix_cache=True`, and there can be none.
+    """
+    with ExitStack() as stack:
+        cache = None
+        if args.prefix_cache is not False:
+            try:
+                check_settings(args, num_epochs=num_epochs)
+                cache = stack.enter_context(make())
+            except PrefixCacheUnavailable as error:
+                if args.prefix_cache is True:
+                    raise
+                level = logging.INFO if isinstance(error, NothingToCache) else logging.WARNING
+                logger.log(level, "no prefix cache, training runs the whole model: %s", error)
+        yield cache
+
+
+def check_settings(args: UnlearningConfig, *, num_epochs: float) -> None:
+    """Refuse a cache where training could not use it.
+
+    Raises:
+        NothingToCache: Under "auto", no example comes up twice.
+        PrefixCacheUnavailable: The weights are sharded, the model is compiled, or gradient checkpointing is reentrant.
+    """
+    if args.prefix_cache == "auto" and num_epochs <= 1:
+        raise NothingToCache(f"no example comes up twice in {num_epochs:g} epochs")
+    if args.fsdp or args.deepspeed or args.torch_compile:
+        raise PrefixCacheUnavailable("fsdp, deepspeed and torch_compile need every layer to run")
+    checkpointing = cast(dict[str, Any], args.gradient_checkpointing_kwargs or {})
+    if args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+        raise PrefixCacheUnavailable(
+            "reentrant gradient checkpointing trains no layer whose input has no gradient; pass "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
+
+
+def rows_in_training(dataset: PairedDataset, *, num_epochs: float) -> Iterator[list[int]]:
+    """Token ids of the rows that training will see in so many epochs: of a large retain set, only a part."""
+    for role, rows in dataset.sets.items():
+        token_ids = rows["input_ids"]
+        indices: Iterable[int] = range(len(rows))
+        seen = math.ceil(num_epochs) * len(dataset)
+        if role == "retain" and seen < len(rows):
+            sizes = {"num_forget": len(dataset), "num_retain": len(rows), "seed": dataset.seed}
+            places = (divmod(place, len(dataset)) for place in range(seen))
+            indices = [retain_index(index, epoch=epoch, **sizes) for epoch, index in places]
+        yield from (token_ids[index] for index in indices)
