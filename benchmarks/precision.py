@@ -12,13 +12,12 @@ Second table: one topic of the testbed is unlearned, and the model is asked with
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import tempfile
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -125,9 +124,11 @@ def _forgetting(*, steps: int, max_examples: int) -> dict[str, dict[str, dict[st
             peft_config=UOEConfig(target_experts=attribution.top(1)),
         )
         trainer.train()
+        trainer.save_model(folder)
+        # A model that has been trained keeps the trainer's forward, also in copies: the merged one is loaded afresh.
+        merged = PeftModel.from_pretrained(_base(), folder).merge_and_unload()
     model = trainer.model.eval()
 
-    merged = copy.deepcopy(model).merge_and_unload()
     report = evaluate_unlearning(
         model,
         forget_dataset=forget,
