@@ -177,16 +177,13 @@ class UOELayer(nn.Module, BaseTunerLayer):
 
         Has the layout of :meth:`base_slice` and the dtype of the adapter.
         """
-        position = self.target_indices[adapter_name].index(index)
         scaling = self.scaling[adapter_name]
         if adapter_name in self.uoe_delta:
+            position = self.target_indices[adapter_name].index(index)
             delta = cast(nn.ParameterDict, self.uoe_delta[adapter_name])[projection][position][rows]
             return delta if scaling == 1 else delta * scaling
-        factor_a = cast(nn.ParameterDict, self.uoe_A[adapter_name])[projection][position]  # (R, in)
-        factor_b = cast(nn.ParameterDict, self.uoe_B[adapter_name])[projection][position]  # (out, R)
-        if self.is_transposed(projection):
-            return (factor_a.transpose(0, 1)[rows] @ factor_b.transpose(0, 1)) * scaling
-        return (factor_b[rows] @ factor_a) * scaling
+        left, right = self._factors(adapter_name, (projection, index), rows)
+        return (left @ right) * scaling
 
     def edited_slice(self, key: SliceKey, adapters: Sequence[str], *, rows: slice = slice(None)) -> Tensor:
         """A slice with the deltas of several adapters added in float32 and rounded once to the slice's dtype.
@@ -202,8 +199,23 @@ class UOELayer(nn.Module, BaseTunerLayer):
         precise = torch.promote_types(base.dtype, torch.float32)
         total = base.to(precise)
         for adapter_name in adapters:
-            total = total + self.get_delta_weight(adapter_name, *key, rows=rows).to(precise)
+            total = self._add_delta(total, key, adapter_name, rows)
         return total.to(base.dtype)
+
+    def _add_delta(self, total: Tensor, key: SliceKey, adapter_name: str, rows: slice) -> Tensor:
+        if adapter_name in self.uoe_delta:
+            return total + self.get_delta_weight(adapter_name, *key, rows=rows).to(total.dtype)
+        left, right = (factor.to(total.dtype) for factor in self._factors(adapter_name, key, rows))
+        return torch.addmm(total, left, right, alpha=self.scaling[adapter_name])  # the product is never stored
+
+    def _factors(self, adapter_name: str, key: SliceKey, rows: slice) -> tuple[Tensor, Tensor]:
+        """Factors of a low-rank delta, in the layout of the slice: shapes `(rows, R)` and `(R, columns)`."""
+        projection, position = key[0], self.target_indices[adapter_name].index(key[1])
+        factor_a = cast(nn.ParameterDict, self.uoe_A[adapter_name])[projection][position]  # (R, in)
+        factor_b = cast(nn.ParameterDict, self.uoe_B[adapter_name])[projection][position]  # (out, R)
+        if self.is_transposed(projection):
+            return factor_a.transpose(0, 1)[rows], factor_b.transpose(0, 1)
+        return factor_b[rows], factor_a
 
     def edited_keys(self, adapters: Sequence[str]) -> dict[SliceKey, list[str]]:
         """Which slices the given adapters edit, and which of the adapters edit each."""
