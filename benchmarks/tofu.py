@@ -18,13 +18,21 @@ import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM, set_seed
+from transformers import (
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    ProgressCallback,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    set_seed,
+)
 
 from uoe_peft import (
     UnlearningConfig,
@@ -34,7 +42,10 @@ from uoe_peft import (
     attribute_experts,
     evaluate_unlearning,
 )
+from uoe_peft.attribution.scores import Score
+from uoe_peft.cli.training_bar import TrainingBar
 from uoe_peft.data import collate, tokenize_dataset
+from uoe_peft.training.config import ForgetLoss
 
 NUM_AUTHORS, NUM_FORGET_AUTHORS, ROWS_AN_AUTHOR = 50, 5, 20
 PAD, EOS = "<|pad|>", "<|endoftext|>"
@@ -49,12 +60,14 @@ class TofuArguments:
     minutes: float = field(default=8.0, metadata={"help": "Longest time that training base and twin may take."})
     epochs: int = field(default=20, metadata={"help": "Passes over the data, if time allows."})
     scores: list[str] = field(
-        default_factory=lambda: ["gate", "contrast", "random"], metadata={"help": "Attributions."}
+        default_factory=lambda: ["gate", "contrast", "ablation", "random"], metadata={"help": "Attributions."}
     )
-    forget_loss: str = field(default="npo", metadata={"help": "npo or grad_ascent."})
+    forget_loss: ForgetLoss = field(default="npo", metadata={"help": "Loss on the forget set."})
+    beta: float | None = field(default=0.05, metadata={"help": "Of the forget loss."})
+    retain_weight: float = field(default=4.0, metadata={"help": "Weight of the loss on the retain set."})
     anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the anchor, Eq. 3."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Of the unlearning."})
-    num_train_epochs: float = field(default=8.0, metadata={"help": "Of the unlearning, passes over the forget set."})
+    learning_rate: float = field(default=5e-3, metadata={"help": "Of the unlearning."})
+    num_train_epochs: float = field(default=12.0, metadata={"help": "Of the unlearning, passes over the forget set."})
     seed: int = field(default=0, metadata={"help": "Of everything."})
 
 
@@ -72,6 +85,7 @@ def main() -> None:
     """Train or load base and twin, unlearn once for each attribution, print a table, write it as JSON."""
     (args,) = HfArgumentParser(TofuArguments).parse_args_into_dataclasses()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # a second one gains little on so small a model, and costs much on a busy machine
     set_seed(args.seed)
     tofu = load_tofu(args.data, seed=args.seed)
     tokenizer = train_tokenizer(tofu.everything)
@@ -81,7 +95,9 @@ def main() -> None:
 
     results = {}
     for score in args.scores:
-        report, targets, seconds = unlearn(deepcopy(base), retrained, tokenizer, tofu=tofu, score=score, args=args)
+        report, targets, seconds = unlearn(
+            deepcopy(base), retrained, tokenizer, tofu=tofu, score=cast(Score, score), args=args
+        )
         print(f"\n{score}: layer, expert = {targets}; {seconds:.0f} s of training\n{report.summary()}")
         results[score] = report.to_dict() | {"target_experts": targets, "unlearning_seconds": round(seconds, 1)}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
@@ -188,7 +204,7 @@ def unlearn(
     tokenizer: PreTrainedTokenizerFast,
     *,
     tofu: Tofu,
-    score: str,
+    score: Score,
     args: TofuArguments,
 ) -> tuple[UnlearningReport, list[tuple[int, int]], float]:
     """The report, the target and the seconds that training took."""
@@ -197,7 +213,9 @@ def unlearn(
         tofu.forget,
         processing_class=tokenizer,
         score=score,
-        retain_dataset=tofu.retain if score == "contrast" else None,
+        retain_dataset=tofu.retain,
+        num_candidates=8,
+        batch_size=50,
         seed=args.seed,
     )
     targets = attribution.top(1)
@@ -206,13 +224,17 @@ def unlearn(
         args=UnlearningConfig(
             output_dir=str(args.output_dir / "training"),
             forget_loss=args.forget_loss,
+            beta=args.beta,
             retain_loss="nll",
+            retain_weight=args.retain_weight,
             anchor_weight=args.anchor_weight,
             learning_rate=args.learning_rate,
             num_train_epochs=args.num_train_epochs,
             per_device_train_batch_size=8,
-            gradient_checkpointing=False,
-            bf16=False,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            logging_steps=10,
+            log_routing=False,
             save_strategy="no",
             report_to="none",
             seed=args.seed,
@@ -223,13 +245,12 @@ def unlearn(
         peft_config=UOEConfig(target_experts=targets),
     )
     started = time.perf_counter()
+    trainer.remove_callback(ProgressCallback)  # its bar is kept, its whole logs are not
+    trainer.add_callback(TrainingBar)
     trainer.train()
     seconds = time.perf_counter() - started
-    model = trainer.model
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"expected the trainer to hold a PeftModel, got {type(model).__name__}")
     report = evaluate_unlearning(
-        model,
+        cast(PeftModel, trainer.model),
         forget_dataset=tofu.forget,
         retain_dataset=tofu.held_out,
         processing_class=tokenizer,

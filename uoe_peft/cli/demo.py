@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,8 @@ def run(arguments: Sequence[str]) -> None:
     started = time.perf_counter()
     torch.set_num_threads(1)  # a second one gains nothing on so small a model, and costs much on a busy machine
     set_seed(options.seed)
+    # PEFT 0.21 asks models for transformers' old name of activation checkpointing, each time it wraps one.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
     world = _load(options)
     attribution = _attribute(world, options)
@@ -246,7 +249,7 @@ def _save_and_reload(world: _World, model: PeftModel, options: DemoArguments, *,
 def _base_weights(model: PeftModel) -> dict[str, Tensor]:
     """Copies of the base model's parameters, without the adapter's."""
     return {
-        name: parameter.detach().clone()
+        name.replace(".base_layer", ""): parameter.detach().clone()
         for name, parameter in model.get_base_model().named_parameters()
         if ".uoe_" not in name
     }
