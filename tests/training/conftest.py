@@ -129,6 +129,7 @@ def make_trainer(tmp_path) -> Callable[..., UnlearningTrainer]:
         peft_config: Any = None,
         callbacks: Any = None,
         tokenizer: Any = None,
+        formatting_func: Any = None,
         **options: Any,
     ) -> UnlearningTrainer:
         sets = make_sets()
@@ -142,6 +143,7 @@ def make_trainer(tmp_path) -> Callable[..., UnlearningTrainer]:
             processing_class=tokenizer or make_tokenizer(),
             peft_config=peft_config,
             callbacks=callbacks,
+            formatting_func=formatting_func,
         )
 
     return make

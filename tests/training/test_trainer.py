@@ -333,3 +333,22 @@ def test_a_forget_set_is_required(tmp_path, uoe_model, tokenizer):
     with pytest.raises(ValueError, match="pass processing_class"):
         rows = Dataset.from_dict({"text": ["x"]})
         UnlearningTrainer(uoe_model, args, train_dataset=rows, retain_dataset=rows)
+
+
+def test_a_frozen_adapter_is_refused(make_trainer, uoe_model):
+    uoe_model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no parameter of the model is trainable.*is_trainable=True"):
+        make_trainer(uoe_model)
+
+
+def test_a_merged_adapter_is_refused(make_trainer, uoe_model):
+    uoe_model.merge_adapter()
+    with pytest.raises(ValueError, match=r"\['default'\] are merged.*unmerge_adapter"):
+        make_trainer(uoe_model)
+
+
+def test_a_formatting_function_is_refused_where_questions_must_stand_apart(make_trainer, uoe_model):
+    with pytest.raises(ValueError, match="formatting_func cannot be used with forget_loss='dpo'"):
+        make_trainer(
+            uoe_model, forget_loss="dpo", completion_only_loss=False, formatting_func=lambda row: row["prompt"]
+        )

@@ -75,6 +75,11 @@ def pair_sets(
     """
     extra = {}
     if args.forget_loss in _NEEDS_ALTERNATIVES:
+        if formatting_func is not None:
+            raise ValueError(
+                f"formatting_func cannot be used with forget_loss={args.forget_loss!r}, which needs the question and "
+                "the answer apart; give the sets as prompt and completion"
+            )
         tokenized, extra["alternative"] = tokenize_with_alternatives(
             materialise(forget),
             processing_class,

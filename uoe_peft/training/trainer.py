@@ -162,6 +162,16 @@ class UnlearningTrainer(SFTTrainer):
         return cast(Any, self.processing_class)
 
     def _check_model(self) -> None:
+        merged = sorted({name for m in self.model.modules() for name in getattr(m, "merged_adapters", ())})
+        if merged:
+            raise ValueError(
+                f"the adapters {merged} are merged, so they cannot be trained; call unmerge_adapter() first"
+            )
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "no parameter of the model is trainable; load an adapter to go on training with "
+                "PeftModel.from_pretrained(..., is_trainable=True)"
+            )
         is_adapter = isinstance(cast(nn.Module, self.model), PeftModel)
         for name, loss in (("forget_loss", self.args.forget_loss), ("retain_loss", self.args.retain_loss)):
             if loss in _NEEDS_ADAPTER and not is_adapter:
