@@ -19,12 +19,16 @@ from uoe_peft.moe.segments import (
     relative_difference,
     run_from_layer,
     run_until_layer,
+    stop_after_layer,
+    stops_exactly,
 )
 
 # Configured here, this family needs tokens that mark images wherever there is a mask.
 _NO_MASK = ("qwen3_omni_moe",)
 # Their decoder gets no mask of its own, so that real tokens see padding on their left.
 _SEES_LEFT_PADDING = ("nllb_moe", "switch_transformers", "deepseek_v4")
+# No language models.
+_NO_HEAD = ("diffusion_gemma", "openai_privacy_filter")
 
 
 def inputs_of(model: PreTrainedModel, padding: str = "none") -> dict[str, Tensor]:
@@ -199,3 +203,62 @@ def test_padding_gets_the_last_real_state(mask: list[int]) -> None:
     last = max(position for position, kept in enumerate(mask) if kept)
     assert filled[0, :, 0].tolist() == [position if kept else last for position, kept in enumerate(mask)]
     assert torch.equal(filled[1], hidden[1])
+
+
+# ---- Ending at a layer ----
+
+
+@pytest.mark.parametrize("family", [family for family in SUPPORTED if family not in _NO_HEAD])
+def test_a_layer_returns_the_same_bits_where_nothing_above_it_runs(family: str) -> None:
+    model = build(family)
+    inputs = inputs_of(model, "right")
+    if family in _NO_MASK:
+        inputs = {"input_ids": inputs["input_ids"]}
+    assert all(stops_exactly(model, inputs, layer_idx) for layer_idx in range(last_layer(model) + 1))
+
+
+def test_nothing_above_the_layer_is_run(model: PreTrainedModel) -> None:
+    called = []
+    for index, layer in enumerate(cast(Any, model).model.layers):
+        layer.register_forward_pre_hook(lambda layer, args, index=index: called.append(index))
+    with stop_after_layer(model, 1):
+        logits = model(**inputs_of(model)).logits
+    assert called == [0, 1]
+    assert logits.numel() == 0
+
+
+def test_a_model_may_start_at_one_layer_and_end_at_another(model: PreTrainedModel) -> None:
+    inputs, outputs = inputs_of(model), []
+    layer = cast(Any, model).model.layers[1]
+    layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
+    model(**inputs)
+    state = run_until_layer(model, 1, inputs)
+    with stop_after_layer(model, 1), run_from_layer(find_layers(model), 1, state):
+        model(**inputs)
+    assert torch.equal(outputs[0], outputs[1])
+    gradients = [torch.autograd.grad(o.square().sum(), layer.mlp.gate.weight)[0] for o in outputs]
+    assert torch.equal(*gradients)
+    assert gradients[0].any()
+
+
+def test_after_ending_at_a_layer_the_model_is_whole_again(model: PreTrainedModel) -> None:
+    before = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(RuntimeError, match="stop"), stop_after_layer(model, 0):
+        raise RuntimeError("stop")
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="3 decoder layers, got layer_idx=3"), stop_after_layer(model, 3):
+        pass
+
+
+def test_a_model_that_reads_what_layers_above_do_does_not_stop_exactly(model: PreTrainedModel) -> None:
+    layers = cast(Any, model).model.layers
+    calls: list[int] = []
+    layers[2].register_forward_pre_hook(lambda layer, args: calls.append(1))
+    layers[1].register_forward_hook(lambda layer, args, output: output + len(calls))
+    assert not stops_exactly(model, inputs_of(model), 1)
+
+
+def test_layers_that_were_replaced_are_found_again(model: PreTrainedModel) -> None:
+    cast(Any, model).model.layers = nn.ModuleList(find_layers(model).children())
+    assert find_layers(model) is cast(Any, model).model.layers

@@ -1,6 +1,6 @@
 """Trains a few steps, on one process or under torchrun, and writes what it saw: run by `test_distributed.py`.
 
-Usage: distributed_run.py OUTPUT_FOLDER BATCH_SIZE_PER_PROCESS [--starve-rank-1]
+Usage: distributed_run.py OUTPUT_FOLDER BATCH_SIZE_PER_PROCESS [--starve-rank-1] [--rmu]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def never_select(expert: int):
     return hook
 
 
-def main(output: Path, batch_size: int, *, starve: bool) -> None:
+def main(output: Path, batch_size: int, *, starve: bool, rmu: bool) -> None:
     torch.set_num_threads(1)
     model = with_uoe(make_model())
     rank = int(os.environ.get("RANK", "0"))
@@ -41,7 +41,7 @@ def main(output: Path, batch_size: int, *, starve: bool) -> None:
             per_device_train_batch_size=batch_size,
             max_steps=4,
             max_grad_norm=0,
-            forget_loss="npo",
+            **({"forget_loss": "rmu", "retain_loss": "embed_diff", "logging_steps": 3} if rmu else {}),
         ),
         train_dataset=forget,
         retain_dataset=retain,
@@ -65,4 +65,4 @@ def main(output: Path, batch_size: int, *, starve: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), starve="--starve-rank-1" in sys.argv)
+    main(Path(sys.argv[1]), int(sys.argv[2]), starve="--starve-rank-1" in sys.argv, rmu="--rmu" in sys.argv)

@@ -21,10 +21,11 @@ def run(output, batch_size, *options, num_processes=1):
     return [torch.load(output / f"rank{rank}.pt") for rank in range(num_processes)]
 
 
-@pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory):
+@pytest.fixture(scope="module", params=[(), ("--rmu",)], ids=["npo", "rmu"])
+def one_and_two(request, tmp_path_factory):
+    """NPO runs the whole model; RMU ends each pass at its layer, but for the steps that are logged."""
     folder = tmp_path_factory.mktemp("distributed")
-    return run(folder / "one", 4), run(folder / "two", 2, num_processes=2)
+    return run(folder / "one", 4, *request.param), run(folder / "two", 2, *request.param, num_processes=2)
 
 
 def test_gradients_are_equal(one_and_two):

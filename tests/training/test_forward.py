@@ -1,9 +1,10 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from uoe_peft.data import collate
 from uoe_peft.errors import UnsupportedModelError
-from uoe_peft.training.forward import decoder_layer, forward_answers
+from uoe_peft.training.forward import decoder_layer, forward_answers, head_is_exact
 
 BATCH = collate(
     [
@@ -58,3 +59,54 @@ def test_layers_out_of_range_are_refused(model):
             decoder_layer(model, layer_idx)
     with pytest.raises(UnsupportedModelError):
         decoder_layer(torch.nn.Linear(2, 3), 0)
+
+
+@pytest.mark.parametrize("logits_at_once", [1, 97 * 2, 97 * 3])
+def test_logits_in_chunks_say_the_same(build, logits_at_once):
+    model = build.uoe(build.model())
+    whole, chunked = (forward_answers(model, BATCH, logits_at_once=n, hidden_layer=1) for n in (None, logits_at_once))
+    assert (chunked.predictions.head is None) == (logits_at_once == 97 * 3)  # as many as there are: nothing to split
+    for read in ("logits", "log_probs", "accuracy", "hidden"):
+        torch.testing.assert_close(getattr(chunked, read), getattr(whole, read))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected, found = (torch.autograd.grad(o.nll().square().sum(), trained) for o in (whole, chunked))
+    torch.testing.assert_close(found, expected)
+    assert any(gradient.any() for gradient in found)
+
+
+def test_accuracy_and_likelihood_take_one_pass_of_the_head(build):
+    model = build.uoe(build.model())
+    sizes = []
+    model.get_output_embeddings().register_forward_hook(lambda head, args, output: sizes.append(output[0].shape[-2]))
+    outputs = forward_answers(model, BATCH, logits_at_once=97 * 2)
+    assert sizes == [0]
+    assert [outputs.accuracy.ndim, outputs.nll().ndim, outputs.log_probs.ndim] == [0, 1, 1]
+    assert sizes == [0, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["trained", "adapted"])
+def test_a_head_that_is_trained_or_adapted_is_applied_at_once(build, kind):
+    model = build.model()
+    if kind == "adapted":
+        model = get_peft_model(model, LoraConfig(r=3, target_modules=["lm_head"]))
+    assert forward_answers(model, BATCH, logits_at_once=1).predictions.head is None
+
+
+def test_a_pass_that_ends_below_the_head_has_no_logits(model):
+    whole = forward_answers(model, BATCH, hidden_layer=1)
+    part = forward_answers(model, BATCH, hidden_layer=1, last_layer=1)
+    assert torch.equal(part.hidden, whole.hidden)
+    assert part.lengths.tolist() == [2, 1]
+    with pytest.raises(RuntimeError, match="ended below the LM head"):
+        part.nll()
+
+
+def test_a_head_is_tried_before_it_is_trusted(model):
+    model.train()
+    assert head_is_exact(model, BATCH)
+    assert model.training
+    # Something between decoder and logits that is not in the model's own forward pass.
+    model.register_forward_hook(lambda model, args, output: setattr(output, "logits", output.logits * len(calls)))
+    calls = [1]
+    model.model.register_forward_hook(lambda decoder, args, output: calls.append(1))
+    assert not head_is_exact(model, BATCH)

@@ -17,6 +17,7 @@ from torch import Tensor
 IGNORED_LABEL = -100
 
 SequenceReduction = Literal["sum", "mean"]
+TokenReduction = Literal["mean", "none"]
 
 
 def answer_positions(labels: Tensor) -> Tensor:
@@ -127,3 +128,23 @@ def mean(values: Tensor, denominator: Tensor | float | None = None) -> Tensor:
     if values.numel() == 0:
         raise ValueError("a loss got no values: the batch has no answer tokens")
     return values.mean()
+
+
+def reduce_tokens(values: Tensor, reduction: TokenReduction, denominator: Tensor | float | None) -> Tensor:
+    """Values of answer tokens as they are, shape `(N,)`, or their mean, a scalar.
+
+    Args:
+        values: Shape `(N,)`.
+        reduction: "none" or "mean".
+        denominator: Of "mean", see `mean`.
+
+    Raises:
+        ValueError: Unknown `reduction`.
+    """
+    match reduction:
+        case "none":
+            return values
+        case "mean":
+            return mean(values, denominator)
+        case _:
+            raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uoe_peft.losses.answers import mean
+from uoe_peft.losses.answers import TokenReduction, mean, reduce_tokens
 
 
 def grad_ascent_loss(log_probs: Tensor, *, denominator: Tensor | float | None = None) -> Tensor:
@@ -112,6 +112,7 @@ def undial_loss(
     targets: Tensor,
     *,
     beta: float = 10.0,
+    reduction: TokenReduction = "mean",
     denominator: Tensor | float | None = None,
 ) -> Tensor:
     """Distillation from the base model with the answer token's logit lowered.
@@ -124,13 +125,14 @@ def undial_loss(
         ref_logits: Of the base model, without gradient. Shape `(N, V)`.
         targets: The answer tokens. Shape `(N,)`.
         beta: How far the answer's logit is lowered, >= 0. At 0 this is plain distillation.
-        denominator: See `mean`.
+        reduction: "mean" over tokens, or "none": each token's cross-entropy.
+        denominator: Of "mean", see `mean`.
 
     Returns:
-        Scalar, not negative; its minimum is the teacher's entropy.
+        Not negative; its minimum is the teacher's entropy. Scalar, or shape `(N,)`.
 
     Raises:
-        ValueError: `beta` is negative, or the logits' shapes differ.
+        ValueError: `beta` is negative, the logits' shapes differ, or an unknown `reduction`.
     """
     if beta < 0:
         raise ValueError(f"beta must be >= 0, got {beta}")
@@ -142,4 +144,4 @@ def undial_loss(
     wide = logits if logits.dtype == torch.float64 else logits.float()
     penalty = torch.zeros_like(wide).scatter_(1, targets[:, None], beta)
     teacher = F.softmax(ref_logits.detach().to(wide.dtype) - penalty, dim=-1)
-    return mean(F.cross_entropy(wide, teacher, reduction="none"), denominator)
+    return reduce_tokens(F.cross_entropy(wide, teacher, reduction="none"), reduction, denominator)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uoe_peft.losses.answers import mean
+from uoe_peft.losses.answers import TokenReduction, mean, reduce_tokens
 
 
 def nll_loss(
@@ -28,7 +28,13 @@ def nll_loss(
     return mean(-log_probs if weights is None else -log_probs * weights, denominator)
 
 
-def kl_loss(logits: Tensor, ref_logits: Tensor, *, denominator: Tensor | float | None = None) -> Tensor:
+def kl_loss(
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    reduction: TokenReduction = "mean",
+    denominator: Tensor | float | None = None,
+) -> Tensor:
     """Kullback-Leibler divergence of the model from the base model, over answer tokens.
 
     `mean_t sum_v p_ref(v) * (log p_ref(v) - log p(v))`, that is `KL(p_ref || p)`.
@@ -36,13 +42,14 @@ def kl_loss(logits: Tensor, ref_logits: Tensor, *, denominator: Tensor | float |
     Args:
         logits: Of the model. Shape `(N, V)`.
         ref_logits: Of the base model, without gradient. Shape `(N, V)`.
-        denominator: See `mean`.
+        reduction: "mean" over tokens, or "none": each token's divergence.
+        denominator: Of "mean", see `mean`.
 
     Returns:
-        Scalar, not negative; 0 while the model equals the base model.
+        Not negative; 0 while the model equals the base model. Scalar, or shape `(N,)`.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: The shapes differ, or an unknown `reduction`.
     """
     if logits.shape != ref_logits.shape:
         raise ValueError(
@@ -52,7 +59,7 @@ def kl_loss(logits: Tensor, ref_logits: Tensor, *, denominator: Tensor | float |
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_p = F.log_softmax(logits.to(wide), dim=-1)
     log_p_ref = F.log_softmax(ref_logits.detach().to(wide), dim=-1)
-    return mean((log_p_ref.exp() * (log_p_ref - log_p)).sum(dim=-1), denominator)
+    return reduce_tokens((log_p_ref.exp() * (log_p_ref - log_p)).sum(dim=-1), reduction, denominator)
 
 
 def trace_weights(routed: Tensor, forget_rate: Tensor, retain_rate: Tensor, *, cap: float = 10.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Run only a part of a model's decoder layers: up to layer l, or from layer l on.
+"""Run only a part of a model's decoder layers: up to layer l, from layer l on, or without those above it.
 
 What enters layer l depends on the layers below it alone. Where these do not change, it is computed once
 (`run_until_layer`) and put back in as often as needed (`run_from_layer`): the same logits for the cost of the layers
@@ -14,9 +14,10 @@ Letters: B batch, S sequence, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,15 @@ from torch import Tensor, nn
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe.blocks import find_moe_blocks
 from uoe_peft.moe.interventions import find_decoder
+from uoe_peft.moe.lm_head import no_logits
 
 LayerState = Tensor | tuple[Any, ...]
 """What a decoder layer returns: hidden states of shape `(B, S, H)` (some families: `(B, S, ·, H)`), or a tuple that
 begins with them."""
+
+
+# Where a model has its layers. Looking for it costs a millisecond for every few layers, and steps ask again and again.
+_layers_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 class _Reached(Exception):
@@ -37,11 +43,11 @@ class _Reached(Exception):
 class _StandIn(nn.Module):
     """Computes nothing and returns a given state; everything else is as in the layer that it stands for."""
 
-    def __init__(self, layer: nn.Module, state: LayerState) -> None:
+    def __init__(self, layer: nn.Module, state: Sequence[LayerState]) -> None:
         super().__init__()
         # In a tuple, so that the layer is not registered: its parameters have their place in the model already.
         self._stands_for = (layer,)
-        self._state = (state,)
+        self._state = state  # its first item, when it is asked for
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -59,9 +65,12 @@ def find_layers(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: The model has no routed experts, or they are not in a stack of layers.
     """
-    block = find_moe_blocks(model)[0]
-    parts = block.experts_name.split(".")
-    return model.get_submodule(".".join(parts[: parts.index(str(block.layer_idx))]))
+    name = _layers_names.get(model)
+    if name is None:
+        block = find_moe_blocks(model)[0]
+        parts = block.experts_name.split(".")
+        name = _layers_names[model] = ".".join(parts[: parts.index(str(block.layer_idx))])
+    return model.get_submodule(name)
 
 
 def run_until_layer(model: nn.Module, layer_idx: int, inputs: Mapping[str, Any]) -> LayerState:
@@ -127,13 +136,73 @@ def run_from_layer(layers: nn.Module, layer_idx: int, state: LayerState) -> Iter
     Raises:
         ValueError: There is no such layer, or no layer below it.
     """
-    below, modules = _below(layers, layer_idx), layers._modules
+    with _stand_ins(layers, dict(enumerate(_below(layers, layer_idx))), [state]):
+        yield
+
+
+@contextmanager
+def stop_after_layer(model: nn.Module, layer_idx: int) -> Iterator[None]:
+    """Inside the context forward passes compute nothing above a decoder layer, and no logits.
+
+    What the layer returns is read with a hook. The model's own output means nothing, but its graph reaches what the
+    layer depends on, as launchers of several processes expect. Call the model as ever, `use_cache=False`.
+
+    Args:
+        model: Any causal language model with routed experts, wrapped by PEFT or not.
+        layer_idx: Decoder layer, the last that is run.
+
+    Raises:
+        UnsupportedModelError: The model has no routed experts, or no LM head.
+        ValueError: There is no such layer.
+    """
+    layers = find_layers(model)
+    children = {int(name): layer for name, layer in layers.named_children()}
+    if layer_idx not in children:
+        raise ValueError(f"the model has {len(children)} decoder layers, got layer_idx={layer_idx}")
+    returned: list[LayerState] = []
+
+    def keep(layer: nn.Module, args: tuple[Any, ...], output: LayerState) -> None:
+        returned[:] = [output]
+
+    above = {index: layer for index, layer in children.items() if index > layer_idx}
+    handle = children[layer_idx].register_forward_hook(keep)
     try:
-        for index, layer in enumerate(below):
+        with _stand_ins(layers, above, returned), no_logits(model):
+            yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def stops_exactly(model: nn.Module, inputs: Mapping[str, Any], layer_idx: int) -> bool:
+    """Whether a layer's output is the same, bit for bit, where nothing above it is run.
+
+    Arguments as in `stop_after_layer`; `inputs` are the model's keyword inputs.
+    """
+    layer, outputs = find_layers(model).get_submodule(str(layer_idx)), []
+    handle = layer.register_forward_hook(lambda layer, args, output: outputs.append(_hidden_states(output)))
+    try:
+        with no_logits(model):
+            model(**{**inputs, "use_cache": False})
+        with stop_after_layer(model, layer_idx):
+            model(**{**inputs, "use_cache": False})
+    # As in `relative_difference`: what a family misses cannot be known.
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+        return False
+    finally:
+        handle.remove()
+    return len(outputs) == 2 and torch.equal(_real_tokens(outputs[0], inputs), _real_tokens(outputs[1], inputs))
+
+
+@contextmanager
+def _stand_ins(layers: nn.Module, replaced: Mapping[int, nn.Module], state: Sequence[LayerState]) -> Iterator[None]:
+    modules = layers._modules
+    try:
+        for index, layer in replaced.items():
             modules[str(index)] = _StandIn(layer, state)
         yield
     finally:
-        for index, layer in enumerate(below):
+        for index, layer in replaced.items():
             modules[str(index)] = layer
 
 
@@ -255,6 +324,10 @@ def _output_of(module: nn.Module, model: nn.Module, inputs: Mapping[str, Any]) -
 
 
 def _real_tokens(output: Any, inputs: Mapping[str, Any]) -> Tensor:
-    hidden = output if isinstance(output, Tensor) else output[0]
+    hidden = _hidden_states(output)
     mask = inputs.get("attention_mask")
-    return cast(Tensor, hidden if mask is None else hidden[mask.to(hidden.device).bool()]).float()
+    return (hidden if mask is None else hidden[mask.to(hidden.device).bool()]).float()
+
+
+def _hidden_states(output: Any) -> Tensor:
+    return cast(Tensor, output if isinstance(output, Tensor) else output[0])

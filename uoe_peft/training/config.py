@@ -69,7 +69,8 @@ class UnlearningConfig(SFTConfig):
         satimp_beta1: Exponent of the probability in "satimp".
         satimp_beta2: Exponent of one minus the probability.
         rmu_layer: Decoder layer whose output "rmu" and "embed_diff" read. None: the last layer that the UOE adapter
-            edits.
+            edits. Their passes end there; accuracy and likelihood, which need the whole model, are measured at the
+            steps that are logged (every tenth, where the log has one entry an epoch).
         rmu_coefficient: Steering coefficient c of "rmu": 2 to 6.5 in shallow layers, thousands in deep ones. None:
             adaptive, `beta` times the norm of each token's hidden state under the base model.
         rmu_seed: Seed of the direction that "rmu" steers to.
@@ -79,7 +80,7 @@ class UnlearningConfig(SFTConfig):
         attribution_gate: Which gate values attribution reads: "softmax" or "applied".
         num_target_experts: How many experts "auto" selects; the paper finds one to be best.
         stop_when_forget_accuracy: Stop once the token accuracy on forget batches, averaged over the steps between two
-            logs, is at or below this. None: never.
+            logs (with "rmu": at the step that is logged), is at or below this. None: never.
         log_routing: Log, at each logging step, how far selected experts overlap with the base model's on forget and
             retain tokens. Costs one forward pass of each batch at these steps.
         prefix_cache: Compute what enters the lowest edited layer once for each example, keep it on disk, and start

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2411.18797. This module maps names to losses; the losses a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ from uoe_peft import losses
 from uoe_peft.data import Batch
 from uoe_peft.moe.routing import RoutingTrace
 from uoe_peft.training.config import UnlearningConfig
-from uoe_peft.training.forward import AnswerOutputs, forward_answers
+from uoe_peft.training.forward import AnswerOutputs, forward_answers, vocab_size
 from uoe_peft.training.reference import Reference
 from uoe_peft.training.targets import Targets, anchor_term, selects_target, target_rates
 
@@ -79,6 +79,8 @@ class Objective:
         batches: Mapping[str, Batch],
         trace: RoutingTrace | None,
         denominators: Mapping[str, Denominators],
+        *,
+        with_likelihood: bool = True,
     ) -> Step:
         """Run the model on a pair of batches and compute each loss term.
 
@@ -87,12 +89,14 @@ class Objective:
             batches: "forget", where there is a retain loss "retain", for some losses "alternative".
             trace: Routing of the target layers in the model's latest pass; None for models without targets.
             denominators: By role; where one is missing, the batch's own counts.
+            with_likelihood: Measure accuracy and likelihood where the losses do not need them, too: passes whose loss
+                reads hidden states alone then go on to the LM head.
         """
         forget, no_counts = batches["forget"], Denominators()
         counts = denominators.get("forget", no_counts)
-        outputs = forward_answers(model, forget, hidden_layer=self.forget_layer)
+        outputs = self._run(model, forget, self.forget_layer, with_likelihood=with_likelihood)
         terms: dict[str, Tensor] = {}
-        metrics = {"forget_accuracy": outputs.accuracy, "forget_nll": -outputs.log_probs.detach().mean()}
+        metrics = _likelihood("forget", outputs)
         forget_rates: Tensor | None = None
         # The trace is of the latest pass: it is read before the model is called again.
         if trace is not None:
@@ -104,12 +108,25 @@ class Objective:
         terms["forget"] = self.forget(model, batches, outputs, counts)
         if "retain" in batches:
             retain = batches["retain"]
-            kept = forward_answers(model, retain, hidden_layer=self.retain_layer)
-            metrics |= {"retain_accuracy": kept.accuracy, "retain_nll": -kept.log_probs.detach().mean()}
+            kept = self._run(model, retain, self.retain_layer, with_likelihood=with_likelihood)
+            metrics |= _likelihood("retain", kept)
             weights = self._token_weights(trace, retain, forget_rates)
             counts = denominators.get("retain", no_counts)
             terms["retain"] = self.retain(model, retain, kept, counts, token_weights=weights)
         return Step(terms, metrics, outputs)
+
+    def _run(
+        self, model: nn.Module, batch: Batch, hidden_layer: int | None, *, with_likelihood: bool = True
+    ) -> AnswerOutputs:
+        """The model on a batch; no further than a loss that reads hidden states alone needs."""
+        ends = hidden_layer is not None and not with_likelihood
+        return forward_answers(
+            model,
+            batch,
+            hidden_layer=hidden_layer,
+            last_layer=self.reference.last_layer if ends else None,
+            logits_at_once=self.reference.logits_at_once,
+        )
 
     def _token_weights(self, trace: RoutingTrace | None, retain: Batch, forget_rates: Tensor | None) -> Tensor | None:
         if self.args.retain_token_weights == "none" or trace is None or forget_rates is None:
@@ -194,29 +211,32 @@ class Objective:
                 return losses.dpo_loss(
                     outputs.nll(),
                     self.reference.nll(model, "forget", batch),
-                    forward_answers(model, batches["alternative"]).nll(),
+                    self._run(model, batches["alternative"], None).nll(),
                     self.reference.nll(model, "alternative", batches["alternative"]),
                     beta=args.forget_beta,
                     denominator=examples,
                 )
             case "idk":
                 # Per answer, not per token: the counts of the forget batch are then those of this batch, too.
-                said = forward_answers(model, batches["alternative"]).nll("mean")
+                said = self._run(model, batches["alternative"], None).nll("mean")
                 return losses.mean(said, examples)
             case "undial":
-                teacher = self.reference.answers(model, batch).logits
-                return losses.undial_loss(
-                    outputs.logits, teacher, outputs.targets, beta=args.forget_beta, denominator=tokens
-                )
+                teacher = self.reference.answers(model, batch)
+                return losses.mean(outputs.compared(teacher, self._undial(outputs.targets)), tokens)
             case "random_label":
-                size = outputs.logits.shape[-1]
-                labels = losses.random_labels(outputs.targets, vocab_size=size, generator=None)
-                return losses.nll_loss(losses.token_log_probs(outputs.logits, labels), denominator=tokens)
+                labels = losses.random_labels(outputs.targets, vocab_size=vocab_size(model), generator=None)
+                return losses.mean(outputs.nll_of(lambda _, part: labels[part]), tokens)
             case "adversarial_label":
-                labels = losses.adversarial_labels(outputs.logits, outputs.targets)
-                return losses.nll_loss(losses.token_log_probs(outputs.logits, labels), denominator=tokens)
+                wrong = outputs.nll_of(lambda logits, part: losses.adversarial_labels(logits, outputs.targets[part]))
+                return losses.mean(wrong, tokens)
             case "rmu":
                 return self._rmu(model, batch, outputs, tokens)
+
+    def _undial(self, targets: Tensor) -> Callable[[Tensor, Tensor, slice], Tensor]:
+        def distance(logits: Tensor, ref_logits: Tensor, part: slice) -> Tensor:
+            return losses.undial_loss(logits, ref_logits, targets[part], beta=self.args.forget_beta, reduction="none")
+
+        return distance
 
     def _rmu(self, model: nn.Module, batch: Batch, outputs: AnswerOutputs, tokens: Tensor | None) -> Tensor:
         if outputs.hidden is None or self.direction is None:
@@ -256,8 +276,10 @@ class Objective:
             case "nll":
                 return losses.nll_loss(outputs.log_probs, weights=token_weights, denominator=tokens)
             case "kl":
-                ref_logits = self.reference.answers(model, batch).logits
-                return losses.kl_loss(outputs.logits, ref_logits, denominator=tokens)
+                base = self.reference.answers(model, batch)
+                return losses.mean(
+                    outputs.compared(base, lambda logits, ref, _: losses.kl_loss(logits, ref, reduction="none")), tokens
+                )
             case "embed_diff":
                 if outputs.hidden is None:
                     raise RuntimeError("embed_diff needs hidden states; pass hidden_layer to the forward pass")
@@ -265,3 +287,10 @@ class Objective:
                 return losses.embed_diff_loss(outputs.hidden, ref_hidden, denominator=tokens)
             case "none":
                 raise ValueError("retain_loss is 'none': there is no retain loss to compute")
+
+
+def _likelihood(role: str, outputs: AnswerOutputs) -> dict[str, Tensor]:
+    """What is logged of a batch; nothing where the forward pass ended below the LM head."""
+    if outputs.predictions is None:
+        return {}
+    return {f"{role}_accuracy": outputs.accuracy, f"{role}_nll": -outputs.log_probs.detach().mean()}

@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from uoe_peft.data import Batch
+from uoe_peft.losses import answer_positions
 from uoe_peft.training.forward import AnswerOutputs, evaluation_mode, forward_answers
 
 
@@ -26,10 +27,14 @@ class Reference:
     Attributes:
         model: The trained model: with an adapter, or trained in full.
         hidden_layer: Decoder layer whose output counts as hidden state; None where no loss reads one.
+        last_layer: Decoder layer at which a pass may end that needs hidden states alone; None: none may.
+        logits_at_once: More logits than these are made and dropped in chunks; None: all at once.
     """
 
     model: nn.Module
     hidden_layer: int | None = None
+    last_layer: int | None = None
+    logits_at_once: int | None = None
     _nll: dict[tuple[str, int], float] = field(default_factory=dict, repr=False)
     _hidden: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False)
 
@@ -53,19 +58,18 @@ class Reference:
         with evaluation_mode(self.model), self.model.disable_adapter():
             yield
 
-    def answers(self, forward_model: nn.Module, batch: Batch, *, with_hidden: bool = False) -> AnswerOutputs:
+    def answers(self, forward_model: nn.Module, batch: Batch) -> AnswerOutputs:
         """The base model's outputs on a batch.
 
         Args:
             forward_model: What to call: `model`, or what a launcher wrapped it in.
             batch: The batch.
-            with_hidden: Keep hidden states after `hidden_layer`.
 
         Raises:
             RuntimeError: The model is trained in full.
         """
         with self.base_model():
-            return forward_answers(forward_model, batch, hidden_layer=self.hidden_layer if with_hidden else None)
+            return forward_answers(forward_model, batch, logits_at_once=self.logits_at_once)
 
     def nll(self, forward_model: nn.Module, role: str, batch: Batch) -> Tensor:
         """Negative log-likelihood of each answer, summed over its tokens. Shape `(B,)`.
@@ -86,10 +90,8 @@ class Reference:
         """
         keys = _keys(role, batch)
         if not all(key in self._hidden for key in keys):
-            hidden = self.answers(forward_model, batch, with_hidden=True).hidden
-            if hidden is None:
-                raise RuntimeError("no hidden_layer was chosen, so there are no hidden states")
-            return hidden
+            with self.base_model():
+                return self._hidden_states(forward_model, batch)
         return torch.cat([self._hidden[key] for key in keys]).to(batch["labels"].device)
 
     def precompute(
@@ -100,24 +102,32 @@ class Reference:
         with_hidden: bool = False,
         place: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
-        """Compute each answer's likelihood (and hidden states) now; call it before the first step.
+        """Compute each answer's likelihood, or its hidden states, now; call it before the first step.
 
         Args:
             role: "forget", "retain" or "alternative".
             batches: Batches with `index`.
-            with_hidden: Keep hidden states, too, on the CPU.
+            with_hidden: Hidden states, kept on the CPU, instead of likelihoods.
             place: Moves a batch to the model's device.
         """
         # A model that is trained in full is its own base model as long as it has not been trained.
         base = self.base_model() if self.has_adapter else nullcontext()
         with evaluation_mode(self.model), base:
             for batch in map(place, batches):
-                outputs = forward_answers(self.model, batch, hidden_layer=self.hidden_layer if with_hidden else None)
                 keys = _keys(role, batch)
-                self._nll.update(zip(keys, outputs.nll().tolist(), strict=True))
-                if outputs.hidden is not None:
-                    parts = outputs.hidden.cpu().split(outputs.lengths.tolist())
-                    self._hidden.update(zip(keys, parts, strict=True))
+                if with_hidden:
+                    hidden = self._hidden_states(self.model, batch).cpu()
+                    lengths = answer_positions(batch["labels"]).sum(dim=1).tolist()
+                    self._hidden.update(zip(keys, hidden.split(lengths), strict=True))
+                else:
+                    outputs = forward_answers(self.model, batch, logits_at_once=self.logits_at_once)
+                    self._nll.update(zip(keys, outputs.nll().tolist(), strict=True))
+
+    def _hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
+        hidden = forward_answers(model, batch, hidden_layer=self.hidden_layer, last_layer=self.last_layer).hidden
+        if hidden is None:
+            raise RuntimeError("no hidden_layer was chosen, so there are no hidden states")
+        return hidden
 
 
 def _keys(role: str, batch: Batch) -> list[tuple[str, int]]:

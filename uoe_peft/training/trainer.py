@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from uoe_peft.data import Batch, PairedDataset
 from uoe_peft.losses import answer_positions, control_direction
+from uoe_peft.losses.answers import IGNORED_LABEL
 from uoe_peft.moe.routing import RoutingTrace, record_routing
 from uoe_peft.training.balance import forget_retain_balance
 from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, StopWhenForgotten
@@ -34,12 +35,15 @@ from uoe_peft.training.prefix_choice import cache_or_none, rows_in_training
 from uoe_peft.training.preparation import check_sets, load_model, load_tokenizer, pair_sets, prepare_set
 from uoe_peft.training.reference import Reference
 from uoe_peft.training.routing_shift import selection_overlap
+from uoe_peft.training.shortcuts import take_shortcuts
 from uoe_peft.training.sophia import sophia_and_options
 from uoe_peft.training.targets import active_configs, find_targets, resolve_auto
 from uoe_peft.tuner import UOEConfig
 
 logger = logging.getLogger(__name__)
 
+# Where the log has one entry an epoch.
+_STEPS_BETWEEN_LOOKS = 10
 # Whole distributions are too large to be kept from before training.
 _NEEDS_ADAPTER = ("undial", "kl")
 
@@ -198,6 +202,11 @@ class UnlearningTrainer(SFTTrainer):
                 "than UOE, or none, does not name a layer)"
             )
         decoder_layer(self.model, layer_idx)  # an index out of range is said now, not at the first step
+        if targets and layer_idx < min(targets):
+            raise ValueError(
+                f"rmu_layer={layer_idx} is below every layer that is edited, {sorted(targets)}: its output does "
+                "not depend on what is trained; choose an edited layer, or one above it"
+            )
         hidden_size = self.model.config.get_text_config().hidden_size
         direction = control_direction(hidden_size, seed=self.args.rmu_seed).to(self.args.device)
         return Objective(self.args, Reference(self.model, layer_idx), targets, direction)
@@ -229,6 +238,7 @@ class UnlearningTrainer(SFTTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as in transformers; what does not change in training is computed first."""
         with cache_or_none(self.args, self._make_prefix_cache, num_epochs=self._num_epochs()) as self._prefix:
+            self._take_shortcuts()
             self._precompute_reference()
             with self._routing() as self._trace:
                 try:
@@ -256,6 +266,19 @@ class UnlearningTrainer(SFTTrainer):
 
     def _from_prefix(self) -> AbstractContextManager[None]:
         return nullcontext() if self._prefix is None else self._prefix.serve(self.model)
+
+    def _take_shortcuts(self) -> None:
+        longest = max(
+            sum(label != IGNORED_LABEL for label in labels)
+            for rows in self.train_dataset.sets.values()
+            for labels in rows["labels"]
+        )
+        with self.accelerator.autocast(), self._from_prefix():
+            self.objective = take_shortcuts(
+                self.objective,
+                next(self._first_epoch("forget")),
+                num_answer_tokens=longest * self.args.train_batch_size,
+            )
 
     def _precompute_reference(self) -> None:
         again = self._num_epochs() > 1
@@ -311,7 +334,7 @@ class UnlearningTrainer(SFTTrainer):
             with self._from_prefix():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self._routing() if self._trace is None else nullcontext(self._trace) as trace, self._from_prefix():
-            step = self.objective.step(model, inputs, trace, self._denominators)
+            step = self.objective.step(model, inputs, trace, self._denominators, with_likelihood=self._is_logged_step())
         self._record(step, inputs)
         return (step.loss(self.args), step.outputs) if return_outputs else step.loss(self.args)
 
@@ -389,7 +412,11 @@ class UnlearningTrainer(SFTTrainer):
         if not self.args.log_routing or not self.objective.targets or step == self._overlap_logged_at:
             return False
         self._overlap_logged_at = step  # the first micro-batch of a step is enough
-        return (step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
+        return self._is_logged_step()
+
+    def _is_logged_step(self) -> bool:
+        interval = _STEPS_BETWEEN_LOOKS if self.args.logging_strategy == "epoch" else self.state.logging_steps
+        return (self.state.global_step + 1) % max(int(interval or 1), 1) == 0
 
     def _check_finite(self, name: str, value: float, batches: dict[str, Batch]) -> None:
         if math.isfinite(value):
