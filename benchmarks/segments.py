@@ -1,4 +1,4 @@
-"""Which families can start at a layer, and train from a prefix cache: tries each one tiny, writes `docs/segments.md`.
+"""Which families can start or end at a layer, and train from a prefix cache: tries each, writes `docs/segments.md`.
 
 Usage: `python -m benchmarks.segments` (from the repository's root; about half a minute on one core).
 """
@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from tests.families import SUPPORTED, build, token_ids
 from uoe_peft.moe import find_moe_blocks
-from uoe_peft.moe.segments import relative_difference
+from uoe_peft.moe.segments import relative_difference, stops_exactly
+from uoe_peft.training.forward import head_is_exact
 from uoe_peft.training.prefix_cache import PrefixSource, prefix_cache
 from uoe_peft.training.prefix_store import PrefixCacheUnavailable
 
 PAGE = Path(__file__).parents[1] / "docs" / "segments.md"
 
-HEAD = """# Starting at a layer
+HEAD = """# Starting and ending at a layer
 
 Training computes once what enters the lowest edited layer and starts every step there (`prefix_cache`). This is every
 family of transformers {version} that `find_moe_blocks` knows, as `python -m benchmarks.segments` found it: tiny, random
@@ -32,9 +33,12 @@ weights, float32, starting at the last layer with routed experts.
   values than it had. A cache keeps no padding. Real tokens never see it, but experts then multiply matrices of another
   height, and the last bit may be rounded another way.
 - **Prefix cache**: whether training uses it. Before it is trusted it is tried on the user's own model and first batch.
+- **Ends**: losses that read one layer's output (`rmu`, `embed_diff`) run nothing above it: whether that output then has
+  the same bits. **Chunks**: whether the LM head can be applied to some tokens at a time, so that the logits of a long
+  vocabulary never stand in memory at once. Both are tried likewise, and left out where they fail.
 
-| Family | Same bits | Other padding | Prefix cache |
-|---|---|---|---|
+| Family | Same bits | Other padding | Prefix cache | Ends | Chunks |
+|---|---|---|---|---|---|
 """
 
 # Configured tiny, this family needs tokens that mark images wherever there is a mask.
@@ -51,7 +55,7 @@ def main() -> None:
     PAGE.write_text(HEAD.format(version=transformers.__version__) + "\n".join(rows) + "\n", encoding="utf-8")
 
 
-def _row(family: str) -> tuple[str, str, str, str]:
+def _row(family: str) -> tuple[str, ...]:
     model = build(family)
     layer_idx = find_moe_blocks(model)[-1].layer_idx
     same = True
@@ -61,7 +65,9 @@ def _row(family: str) -> tuple[str, str, str, str]:
             inputs = _inputs(family, model, padding)
             same &= relative_difference(model, inputs, layer_idx, keep_padding=True) == 0
     rounding = relative_difference(model, _inputs(family, model, "right"), layer_idx)
-    return family, "yes" if same else "no", f"{rounding:.0e}" if rounding else "0", _cached(family, model)
+    ends = stops_exactly(model, _inputs(family, model, "right"), layer_idx)
+    cells = ("yes" if same else "no", f"{rounding:.0e}" if rounding else "0", _cached(family, model))
+    return family, *cells, "yes" if ends else "no", _in_chunks(family, model)
 
 
 def _inputs(family: str, model: PreTrainedModel, padding: str) -> dict[str, Tensor]:
@@ -73,6 +79,13 @@ def _inputs(family: str, model: PreTrainedModel, padding: str) -> dict[str, Tens
     if family not in NO_MASK:
         inputs["attention_mask"] = mask.flip(1) if padding == "left" else mask
     return {**inputs, "decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else inputs
+
+
+def _in_chunks(family: str, model: PreTrainedModel) -> str:
+    inputs = _inputs(family, model, "right")
+    if "attention_mask" not in inputs or model.config.is_encoder_decoder:
+        return "not tried"
+    return "yes" if head_is_exact(model, {**inputs, "labels": inputs["input_ids"]}) else "no"
 
 
 def _cached(family: str, model: PreTrainedModel) -> str:
