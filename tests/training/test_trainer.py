@@ -7,10 +7,12 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
+from transformers import TrainerCallback
 
 from uoe_peft.attribution import AttributionWarning
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.training import UnlearningConfig, UnlearningTrainer
+from uoe_peft.training.checkpoint import load_full_checkpoint
 from uoe_peft.tuner import UOEConfig
 
 
@@ -129,6 +131,58 @@ def test_resuming_gives_the_same_weights_bit_for_bit(make_trainer, build, tmp_pa
     expected = adapter_state(whole)
     for name, value in adapter_state(resumed).items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resuming_full_training_gives_the_same_weights_bit_for_bit(make_trainer, build, tmp_path, dtype):
+    options = {"max_steps": 5, "per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(build.model().to(dtype), learning_rate=1e-2, **options)
+    whole.train()
+    resumed = make_trainer(build.model().to(dtype), learning_rate=1e-2, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    expected = adapter_state(whole)
+    assert any("experts" in name for name in expected)
+    for name, value in adapter_state(resumed).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_the_best_model_of_full_training_has_its_experts(make_trainer, build, sets):
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_save(self, args, state, control, model=None, **kwargs):
+            kept[state.global_step] = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    trainer = make_trainer(
+        build.model(),
+        eval_dataset=sets[0],
+        callbacks=[Keep()],
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=1e-2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",  # the forget loss only rises: the first checkpoint is the best
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, kept[1][name]), name
+        assert not torch.equal(parameter, kept[3][name]), name
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_trainer, build, tmp_path):
+    deep = build.model()
+    sizes = deep.config.to_dict() | {"num_hidden_layers": 2, "layer_types": None}
+    shallow = type(deep)(type(deep.config)(**sizes))
+    for model, name in ((shallow, "shallow"), (deep, "deep")):
+        model.save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=r"lacks 16 weights of Qwen2MoeForCausalLM, such as \['model.layers.2"):
+        make_trainer(deep).train(resume_from_checkpoint=str(tmp_path / "shallow"))
+    with pytest.raises(ValueError, match=r"has, unknown to the model, 16 weights of Qwen2MoeForCausalLM"):
+        load_full_checkpoint(shallow, str(tmp_path / "deep"))
 
 
 def test_each_epoch_has_new_pairs(make_trainer, uoe_model):

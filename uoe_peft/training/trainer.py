@@ -23,6 +23,7 @@ from uoe_peft.losses.answers import IGNORED_LABEL
 from uoe_peft.moe.routing import RoutingTrace, record_routing
 from uoe_peft.training.balance import forget_retain_balance
 from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, StopWhenForgotten
+from uoe_peft.training.checkpoint import load_full_checkpoint
 from uoe_peft.training.collator import UnlearningCollator
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.curvature import Estimates, estimate_curvature
@@ -364,9 +365,24 @@ class UnlearningTrainer(SFTTrainer):
             yield cast(Batch, self._prepare_inputs(batch))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._is_saved_whole:
+            load_full_checkpoint(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._keep_masked is not None:
             self._keep_masked.load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self._is_saved_whole:
+            load_full_checkpoint(self.model, cast(str, self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    @property
+    def _is_saved_whole(self) -> bool:
+        """Whether checkpoints are what `save_pretrained` writes: no adapter, no shards of a launcher."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return not sharded and not isinstance(cast(nn.Module, self.model), PeftModel)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
