@@ -231,6 +231,28 @@ def test_evaluation_while_training(make_trainer, uoe_model, sets):
     assert trainer.evaluate(retain)["eval_loss"] > 0  # a raw set, tokenised on the way
 
 
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # of TRL, wherever logits are asked for
+def test_prediction_takes_a_raw_set(make_trainer, uoe_model, sets):
+    trainer = make_trainer(uoe_model)
+    predicted = trainer.predict(sets[1])
+    assert len(predicted.predictions) == 11
+    assert predicted.metrics["test_loss"] == trainer.evaluate(sets[1])["eval_loss"]
+    assert trainer.predict(trainer.train_dataset.sets["retain"]).metrics["test_loss"] == predicted.metrics["test_loss"]
+
+
+def test_raw_sets_are_formatted_on_the_way(make_trainer, uoe_model, sets):
+    def formatting_func(row):
+        return row["prompt"] + row["completion"]
+
+    retain_text = Dataset.from_list([{"text": formatting_func(row)} for row in sets[1]])
+    trainer = make_trainer(
+        uoe_model, formatting_func=formatting_func, completion_only_loss=False, prediction_loss_only=True
+    )
+    expected = make_trainer(uoe_model, completion_only_loss=False).evaluate(retain_text)["eval_loss"]
+    assert trainer.evaluate({"forget": sets[0], "retain": sets[1]})["eval_retain_loss"] == expected
+    assert trainer.predict(sets[1]).metrics["test_loss"] == expected
+
+
 def test_it_stops_once_enough_is_forgotten(make_trainer, uoe_model):
     trainer = make_trainer(uoe_model, max_steps=20, stop_when_forget_accuracy=1.0)
     trainer.train()

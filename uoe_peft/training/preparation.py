@@ -47,7 +47,8 @@ def prepare_set(
     formatting_func: Callable[..., Any] | None = None,
 ) -> Dataset:
     """A set as token ids and labels; see `tokenize_dataset`."""
-    if formatting_func is not None:
+    # Sets of a dict come here twice in `evaluate`: the second time they are token ids.
+    if formatting_func is not None and "input_ids" not in (dataset.column_names or ()):
         dataset = dataset.map(lambda row: {args.dataset_text_field: formatting_func(row)})
     return tokenize_dataset(
         dataset,

@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import PredictionOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -405,6 +406,14 @@ class UnlearningTrainer(SFTTrainer):
             metrics[f"{prefix}_balance"] = forget_retain_balance(*cast(list[float], both))
             self.log({f"{prefix}_balance": metrics[f"{prefix}_balance"]})
         return metrics
+
+    def predict(self, test_dataset: Dataset | IterableDataset, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As in transformers; the set is tokenised on the way, as in `evaluate`."""
+        formatting_func = self._formatting_func
+        prepared = prepare_set(
+            test_dataset, self._processing_class, self.args, name="test", formatting_func=formatting_func
+        )
+        return super().predict(prepared, *args, **kwargs)
 
     # ---- Logging ----
 
