@@ -32,6 +32,16 @@ def test_the_reference_is_the_model_without_its_adapter(build):
     assert any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_what_is_frozen_stays_frozen(build):
+    model = build.uoe(build.model())
+    frozen = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    frozen.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert any(before.values())
+    Reference(model).answers(model, BATCH)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
 def test_no_dropout_and_the_mode_comes_back(build):
     model = build.uoe(build.model())
     model.get_base_model().model.layers[0].self_attn.attention_dropout = 0.9

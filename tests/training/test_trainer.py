@@ -282,6 +282,22 @@ def test_auto_attributes_on_the_forget_set(make_trainer, build, caplog):
     trainer.train()
 
 
+@pytest.mark.parametrize(("forget_loss", "retain_loss"), [("npo", "nll"), ("rmu", "embed_diff")])
+def test_the_reference_of_full_training_is_the_model_before_any(make_trainer, build, forget_loss, retain_loss):
+    losses = {"forget_loss": forget_loss, "retain_loss": retain_loss, "rmu_layer": 1}
+    trainer = make_trainer(build.model(), learning_rate=1e-2, **losses)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in (0, 3, 5)])
+    trainer.train()
+    before = trainer.compute_loss(trainer.model, batch)
+    trainer.train()
+    trained = trainer.model.state_dict()
+    fresh = make_trainer(build.model(), learning_rate=1e-2, **losses)
+    fresh.train()
+    fresh.model.load_state_dict(trained)
+    assert trainer.compute_loss(trainer.model, batch) != before
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), fresh.compute_loss(fresh.model, batch))
+
+
 def test_a_model_by_name(make_trainer, build, tmp_path, tokenizer):
     build.model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

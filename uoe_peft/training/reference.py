@@ -55,8 +55,14 @@ class Reference:
                 "a model that is trained in full has no base model any more; call Reference.precompute before "
                 "training, or train an adapter (peft_config=...)"
             )
-        with evaluation_mode(self.model), self.model.disable_adapter():
-            yield
+        # PEFT makes every parameter of the active adapters trainable when it enables them again.
+        trainable = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            with evaluation_mode(self.model), self.model.disable_adapter():
+                yield
+        finally:
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
 
     def answers(self, forward_model: nn.Module, batch: Batch) -> AnswerOutputs:
         """The base model's outputs on a batch.

@@ -125,6 +125,7 @@ class UnlearningTrainer(SFTTrainer):
         self._denominators: dict[str, Denominators] = {}
         self._overlap_logged_at = -1
         self._keep_masked: KeepMasked | None = None
+        self._reference_is_final = False
         super().__init__(
             model=model,
             args=args,
@@ -283,6 +284,8 @@ class UnlearningTrainer(SFTTrainer):
             )
 
     def _precompute_reference(self) -> None:
+        if self._reference_is_final:
+            return
         again = self._num_epochs() > 1
         for role, needs in self.objective.reference_needs(examples_come_again=again).items():
             dataset = self.train_dataset.sets[role]
@@ -293,6 +296,8 @@ class UnlearningTrainer(SFTTrainer):
                 self.objective.reference.precompute(
                     role, batches, with_hidden=needs == "hidden", place=self._prepare_inputs
                 )
+        # Trained in full, the model is its own reference before its first step, and never again.
+        self._reference_is_final = not self.objective.reference.has_adapter
 
     def _num_epochs(self) -> float:
         if self.args.max_steps > 0:
