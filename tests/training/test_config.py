@@ -40,6 +40,8 @@ def test_both_names_of_checkpointing_work(name):
         ({"beta": 0}, "beta of 'npo' must be > 0"),
         ({"stop_when_forget_accuracy": 20}, r"in \[0, 1\]"),
         ({"packing": True}, "packing and padding_free"),
+        ({"train_sampling_strategy": "group_by_length"}, "no one length to sort pairs by"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "must be 'random' or 'sequential', got 'batch_rebalance'"),
         ({"loss_type": "dft"}, "loss_type must stay 'nll'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"retain_token_weights": "trace", "retain_loss": "kl"}, "needs retain_loss='nll'"),

@@ -282,6 +282,12 @@ def test_auto_attributes_on_the_forget_set(make_trainer, build, caplog):
     trainer.train()
 
 
+def test_auto_with_an_adapter_is_refused_before_attribution(make_trainer, uoe_model, monkeypatch):
+    monkeypatch.setattr("uoe_peft.training.targets.attribute_experts", lambda *args, **kwargs: pytest.fail("asked"))
+    with pytest.raises(ValueError, match=r"the adapters \['default'\] already; pass it without peft_config"):
+        make_trainer(uoe_model, peft_config=UOEConfig(target_experts="auto"))
+
+
 @pytest.mark.parametrize(("forget_loss", "retain_loss"), [("npo", "nll"), ("rmu", "embed_diff")])
 def test_the_reference_of_full_training_is_the_model_before_any(make_trainer, build, forget_loss, retain_loss):
     losses = {"forget_loss": forget_loss, "retain_loss": retain_loss, "rmu_layer": 1}

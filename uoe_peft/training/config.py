@@ -110,7 +110,7 @@ class UnlearningConfig(SFTConfig):
 
     Raises:
         ValueError: An unknown choice, a number out of range, or an option of `SFTConfig` that unlearning cannot
-            honour (`packing`, `padding_free`, `loss_type`, `label_smoothing_factor`).
+            honour (`packing`, `padding_free`, sampling by length, `loss_type`, `label_smoothing_factor`).
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate."})
@@ -248,6 +248,11 @@ class UnlearningConfig(SFTConfig):
             raise ValueError(
                 "packing and padding_free are not supported: each forget example is paired with a retain example, "
                 "and sentences of different examples must not share a row"
+            )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy must be 'random' or 'sequential', got {self.train_sampling_strategy!r}: a "
+                "row of training is a pair of examples, and there is no one length to sort pairs by"
             )
         if self.loss_type != "nll":
             raise ValueError(f"loss_type must stay 'nll', got {self.loss_type!r}; choose forget_loss and retain_loss")

@@ -111,9 +111,14 @@ def resolve_auto(
     """A copy of the config with `target_experts="auto"` replaced by what attribution finds on the forget set.
 
     Raises:
-        ValueError: `attribution_score="contrast"` without a retain set.
+        ValueError: The model has an adapter already, or `attribution_score="contrast"` without a retain set.
         UnsupportedModelError: The model has no routed experts.
     """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"the model has the adapters {sorted(model.peft_config)} already; pass it without peft_config to train "
+            "them, or pass the base model, model.unload()"
+        )
     attribution = attribute_experts(
         model,
         forget_dataset,
