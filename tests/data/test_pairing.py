@@ -50,6 +50,16 @@ def test_rows_carry_their_index_and_follow_the_epoch():
     assert row["retain"]["input_ids"] == [row["retain"]["index"]]
 
 
+def test_each_forget_example_has_a_seed_of_its_own_in_each_epoch():
+    def seeds(seed: int, epoch: int) -> list[int]:
+        paired = PairedDataset(token_rows(4), token_rows(9), seed=seed)
+        paired.set_epoch(epoch)
+        return [paired[i]["forget"]["seed"] for i in range(4)]
+
+    assert seeds(1, 0) == seeds(1, 0)
+    assert len({*seeds(1, 0), *seeds(1, 1), *seeds(2, 0)}) == 12
+
+
 def test_without_a_retain_set():
     assert set(PairedDataset(token_rows(2))[0]) == {"forget"}
 

@@ -76,13 +76,23 @@ def test_undial_agrees_with_a_plain_implementation():
     assert undial_loss(logits, ref_logits, targets, beta=3.0).item() == pytest.approx(total / 5)
 
 
-def test_random_labels_are_uniform_and_repeatable():
-    targets = torch.zeros(7000, dtype=torch.int64)
-    labels = random_labels(targets, vocab_size=7, generator=torch.Generator().manual_seed(1))
-    assert labels.bincount(minlength=7).min() > 800
-    assert len(labels.bincount()) == 7
-    again = random_labels(targets, vocab_size=7, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(labels, again)
+def test_random_labels_are_uniform():
+    for labels in (
+        random_labels([7000], vocab_size=7, seeds=[1]),
+        random_labels([1] * 7000, vocab_size=7, seeds=range(7000)),
+    ):
+        counts = labels.bincount()
+        assert len(counts) == 7
+        assert counts.min() > 800
+
+
+def test_random_labels_of_an_answer_do_not_depend_on_the_others():
+    together = random_labels([4, 3, 5], vocab_size=97, seeds=[8, 2, 2])
+    assert torch.equal(together[4:7], random_labels([3], vocab_size=97, seeds=[2]))
+    assert torch.equal(together[7:10], together[4:7])
+    assert not torch.equal(together[:3], together[4:7])
+    with pytest.raises(ValueError, match="shorter"):
+        random_labels([4, 3], vocab_size=97, seeds=[8])
 
 
 def test_adversarial_labels_are_the_best_wrong_token():

@@ -68,6 +68,21 @@ def test_npo_is_the_plain_formula(make_trainer, build, reduction):
     torch.testing.assert_close(loss, expected)
 
 
+def test_random_labels_are_drawn_for_each_example_anew_in_each_epoch(make_trainer, build):
+    trainer = make_trainer(build.uoe(build.model()), forget_loss="random_label", retain_loss="none", anchor_weight=0)
+
+    def loss(*examples):
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in examples])
+        return trainer.compute_loss(trainer.model, batch).item()
+
+    lengths = {0: 3, 3: 6, 5: 8}  # answer tokens, the end of the sequence included
+    whole = loss(0, 3, 5)
+    assert loss(5, 0, 3) == pytest.approx(whole)
+    assert sum(n * loss(i) for i, n in lengths.items()) / 17 == pytest.approx(whole)
+    trainer.train_dataset.set_epoch(1)
+    assert loss(0, 3, 5) != pytest.approx(whole)
+
+
 def test_kl_is_the_plain_formula(make_trainer, build):
     model = build.uoe(build.model())
     edit(model)

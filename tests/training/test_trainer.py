@@ -37,7 +37,7 @@ def adapter_state(trainer):
 # ---- Gradients ----
 
 
-@pytest.mark.parametrize("forget_loss", ["grad_ascent", "npo", "rmu", "idk"])
+@pytest.mark.parametrize("forget_loss", ["grad_ascent", "npo", "rmu", "idk", "random_label"])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(make_trainer, build, forget_loss):
     options = {"forget_loss": forget_loss, "retain_loss": "kl"}
     whole = gradients_of(make_trainer, build, per_device_train_batch_size=4, **options)

@@ -69,13 +69,14 @@ def collate_groups(
 
     Args:
         rows: B rows of `{role: example}`; every row has the same roles. An example's `index`, its
-            place in its own set, is kept, so that what was computed for it once can be found again.
+            place in its own set, is kept, so that what was computed for it once can be found again;
+            and so is its `seed`, where it has one.
         pad_token_id: As in `collate`.
         padding_side: As in `collate`.
         pad_to_multiple_of: As in `collate`.
 
     Returns:
-        `{role: batch}`; a batch is what `collate` returns, and `index`, int64 of shape `(B,)`.
+        `{role: batch}`; a batch is what `collate` returns, and `index` (and `seed`), int64 of shape `(B,)`.
 
     Raises:
         ValueError: As in `collate`.
@@ -91,5 +92,6 @@ def collate_groups(
             padding_side=padding_side,
             pad_to_multiple_of=pad_to_multiple_of,
         )
-        batches[role]["index"] = torch.tensor([example["index"] for example in examples])
+        for name in ("index", "seed") if "seed" in examples[0] else ("index",):
+            batches[role][name] = torch.tensor([example[name] for example in examples])
     return batches

@@ -54,7 +54,8 @@ class PairedDataset(TorchDataset[PairedRow]):
     """The forget set, each example with its retain example of the current epoch.
 
     Row `i` is `{"forget": example i, "retain": its partner}`, and any further column set in `extra`
-    under its own name; each example also carries its `index` in its own set.
+    under its own name; each example also carries its `index` in its own set, and each forget example
+    the `seed` of whatever is drawn at random for it in the current epoch.
 
     Args:
         forget: Tokenised forget set; its size is this data set's size.
@@ -106,7 +107,7 @@ class PairedDataset(TorchDataset[PairedRow]):
         return len(self.forget)
 
     def __getitem__(self, index: int) -> PairedRow:
-        row: PairedRow = {"forget": {**self.forget[index], "index": index}}
+        row: PairedRow = {"forget": {**self.forget[index], "index": index, "seed": self._seed_of(index)}}
         for role, dataset in self.extra.items():
             row[role] = {**dataset[index], "index": index}
         if self.retain is not None:
@@ -119,3 +120,6 @@ class PairedDataset(TorchDataset[PairedRow]):
             )
             row["retain"] = {**self.retain[partner], "index": partner}
         return row
+
+    def _seed_of(self, index: int) -> int:
+        return int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,20 +77,30 @@ def satimp_loss(
     return mean(p**beta1 * (1 - p) ** beta2 * log_probs, denominator)
 
 
-def random_labels(targets: Tensor, *, vocab_size: int, generator: torch.Generator | None) -> Tensor:
-    """A uniformly random token in place of each answer token.
+def random_labels(lengths: Sequence[int], *, vocab_size: int, seeds: Sequence[int]) -> Tensor:
+    """Uniformly random tokens in place of the answers' own.
 
-    For `nll_loss`, as "fitting to randomly sampled labels", https://arxiv.org/abs/2402.15159.
+    For `nll_loss`, as "fitting to randomly sampled labels", https://arxiv.org/abs/2402.15159. What is
+    drawn for an answer depends on its own seed alone, not on the batch that it is in.
 
     Args:
-        targets: The answer tokens. Shape `(N,)`.
+        lengths: Number of tokens of each answer, N in all.
         vocab_size: V.
-        generator: Source of randomness, on the device of `targets`; None for torch's own.
+        seeds: Of each answer.
 
     Returns:
-        Token ids, 0 to V - 1. Shape `(N,)`.
+        Token ids, 0 to V - 1, on the CPU. int64, shape `(N,)`.
+
+    Raises:
+        ValueError: `lengths` and `seeds` are not of the same answers.
     """
-    return torch.randint(vocab_size, targets.shape, dtype=targets.dtype, device=targets.device, generator=generator)
+    generator = torch.Generator()
+    return torch.cat(
+        [
+            torch.randint(vocab_size, (length,), generator=generator.manual_seed(seed))
+            for length, seed in zip(lengths, seeds, strict=True)
+        ]
+    )
 
 
 def adversarial_labels(logits: Tensor, targets: Tensor) -> Tensor:

@@ -224,7 +224,9 @@ class Objective:
                 teacher = self.reference.answers(model, batch)
                 return losses.mean(outputs.compared(teacher, self._undial(outputs.targets)), tokens)
             case "random_label":
-                labels = losses.random_labels(outputs.targets, vocab_size=vocab_size(model), generator=None)
+                labels = losses.random_labels(
+                    outputs.lengths.tolist(), vocab_size=vocab_size(model), seeds=batch["seed"].tolist()
+                ).to(outputs.targets)
                 return losses.mean(outputs.nll_of(lambda _, part: labels[part]), tokens)
             case "adversarial_label":
                 wrong = outputs.nll_of(lambda logits, part: losses.adversarial_labels(logits, outputs.targets[part]))
