@@ -340,6 +340,21 @@ def test_load_balancing_is_off(make_trainer, uoe_model, caplog):
     assert caplog.text.count("router_aux_loss_coef is 0") == 1
 
 
+@pytest.mark.parametrize("option", [{"anchor_reduction": "mean_gate"}, {"retain_token_weights": "trace"}])
+def test_what_cannot_be_split_is_said_once_where_batches_are_split(make_trainer, build, option, caplog):
+    with caplog.at_level(logging.WARNING):
+        make_trainer(build.uoe(build.model()), **option)
+        make_trainer(build.uoe(build.model()), gradient_accumulation_steps=4)
+        make_trainer(
+            build.uoe(build.model()), gradient_accumulation_steps=4, anchor_weight=0, retain_weight=0, **option
+        )
+    assert "parts of a batch" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        make_trainer(build.uoe(build.model()), gradient_accumulation_steps=4, **option).train()
+    (name, chosen), *_ = option.items()
+    assert caplog.text.count(f"{name}={chosen!r} is computed on each of the 4 parts of a batch") == 1
+
+
 # ---- Data ----
 
 

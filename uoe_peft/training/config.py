@@ -61,7 +61,9 @@ class UnlearningConfig(SFTConfig):
             models with a UOE adapter only.
         anchor_scores: Router scores in the anchor: "softmax" over all experts, or "topk", those of the selected
             experts and 0 elsewhere.
-        anchor_reduction: "token": mean over tokens of the squared distance; "mean_gate": the distance of the mean.
+        anchor_reduction: "token": mean over tokens of the squared distance; "mean_gate": the distance of the mean,
+            which is a function of a whole batch: over accumulation steps and processes it is averaged part by part,
+            and training then depends on how a batch is split.
         beta: The forget loss's own: npo 0.1, simnpo 4.5, dpo 0.1, undial 10, wga 1, and adaptive rmu 5 (a multiple of
             the hidden state's norm). None: these values.
         npo_reduction: Whether an answer's likelihood in "npo" is the "sum" or the "mean" over its tokens.
@@ -75,6 +77,7 @@ class UnlearningConfig(SFTConfig):
             adaptive, `beta` times the norm of each token's hidden state under the base model.
         rmu_seed: Seed of the direction that "rmu" steers to.
         retain_token_weights: "trace": retain tokens that reach the edited expert count more in the retain loss "nll".
+            The rates behind the weights are those of each part of a batch, with the same consequence as "mean_gate".
         trace_cap: Largest ratio of forget to retain rate in "trace", >= 1.
         attribution_score: What `UOEConfig(target_experts="auto")` ranks experts by; "contrast" needs a retain set.
         attribution_gate: Which gate values attribution reads: "softmax" or "applied".

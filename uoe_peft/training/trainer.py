@@ -231,6 +231,21 @@ class UnlearningTrainer(SFTTrainer):
             logger.warning("router_aux_loss_coef is not applied to unlearning: it works against the router anchor")
         if self.args.anchor_weight > 0 and not self.objective.targets:
             logger.info("no UOE adapter: the router anchor does not apply")
+        self._say_what_depends_on_the_split()
+
+    def _say_what_depends_on_the_split(self) -> None:
+        parts = self.args.gradient_accumulation_steps * self.args.world_size
+        of_whole_batch = {
+            "anchor_reduction='mean_gate'": self.args.anchor_reduction == "mean_gate" and self.args.anchor_weight > 0,
+            "retain_token_weights='trace'": self.args.retain_token_weights == "trace" and self.args.needs_retain,
+        }
+        for option, chosen in of_whole_batch.items():
+            if chosen and parts > 1 and self.objective.targets:
+                logger.warning(
+                    "%s is computed on each of the %d parts of a batch and averaged, which differs from its value on "
+                    "the whole batch; one process and gradient_accumulation_steps=1 give that",
+                    *(option, parts),
+                )
 
     def _set_signature_columns_if_needed(self) -> None:
         # Rows of pairs hold roles, rows of evaluation sets hold columns.
