@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, GptOssForCausalLM
 
 from uoe_peft.attribution import ExpertAttribution
 from uoe_peft.cli import main
@@ -91,13 +94,84 @@ def test_other_targets_are_refused(words: list[str]) -> None:
         target_experts(words)
 
 
-@pytest.mark.parametrize(
-    ("name", "groups"),
-    [("attribute", (AttributeArguments,)), ("unlearn", (UnlearnArguments, UnlearningConfig))],
-)
-def test_the_example_files_hold_known_options(name: str, groups: tuple[type, ...]) -> None:
-    path = Path(__file__).parents[2] / "examples" / f"{name}.yaml"
-    options = parse(name, ["--config", str(path)], *groups)[0]
-    assert options.model_name_or_path == "Qwen/Qwen1.5-MoE-A2.7B-Chat"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PAPER = sorted((EXAMPLES / "paper").glob("*.yaml"))
+
+
+def parse_example(path: Path) -> tuple[Any, ...]:
+    """The options of an example; its first line says how it is called."""
+    _, command, stage, option, name = path.read_text().splitlines()[0].split()
+    assert (command, option, EXAMPLES.parent / name) == ("uoe-peft", "--config", path)
+    groups = {"attribute": (AttributeArguments,), "unlearn": (UnlearnArguments, UnlearningConfig)}
+    return parse(stage, ["--config", str(path)], *groups[stage])
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_hold_known_options(path: Path) -> None:
+    options = parse_example(path)[0]
     if isinstance(options, UnlearnArguments):
         assert target_experts(options.target_experts) == "auto"
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_examples_of_the_paper_have_its_settings(path: Path) -> None:
+    options, training = parse_example(path)
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 16
+    assert (training.learning_rate, training.anchor_weight) == (1e-4, 1)
+    assert (options.delta_type, options.train_router) == ("full", True)
+    assert options.dequantize == ("gpt-oss" in options.model_name_or_path)
+    if training.forget_loss == "npo":
+        assert (training.beta, training.retain_loss, training.retain_weight) == (0.001, "nll", 1)
+    else:
+        assert (training.forget_loss, training.retain_loss, training.retain_weight) == ("rmu", "embed_diff", 1200)
+        assert training.rmu_coefficient == (8000 if "Qwen" in options.model_name_or_path else 32000)
+
+
+def test_there_is_an_example_for_each_model() -> None:
+    models = {path.stem.rpartition("-")[0] for path in PAPER}
+    assert models == {"qwen1.5-moe", "deepseek-v2-lite", "mixtral-8x7b", "gpt-oss-20b"}
+
+
+@pytest.mark.parametrize("name", ["qwen1.5-moe-rmu", "gpt-oss-20b-npo"])
+def test_an_example_runs_on_another_model(name: str, sets: list[str], tmp_path: Path) -> None:
+    model, adapter = str(checkpoint_path("base")), tmp_path / "adapter"
+    targets: list[str] = []
+    if name.startswith("gpt-oss"):
+        model, targets = str(tmp_path / "model"), ["--target_experts", "1:2"]  # it is random: attribution would warn
+        save_mxfp4_model(Path(model))
+    changed = [*targets, "--model_name_or_path", model, *sets, "--output_dir", str(adapter), "--max_steps", "1"]
+    quiet = ["--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
+    small = ["--device_map", "cpu", "--use_cpu", "true", "--dataloader_pin_memory", "false"]
+    main(["unlearn", "--config", str(EXAMPLES / "paper" / f"{name}.yaml"), *changed, *quiet, *small])
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert weights
+    assert all(weight.isfinite().all() and weight.any() for weight in weights.values())
+
+
+def save_mxfp4_model(folder: Path) -> None:
+    """A tiny random gpt-oss as its checkpoints are: experts in blocks of 32 four-bit numbers, each with its scale."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_path("base"))
+    tokenizer.save_pretrained(folder)
+    config = GptOssConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, size_in, size_out = weights.pop(name).shape
+        blocks = (experts, size_out, size_in // 32)
+        weights[f"{name}_blocks"] = torch.randint(256, (*blocks, 16), dtype=torch.uint8)
+        weights[f"{name}_scales"] = torch.randint(118, 122, blocks, dtype=torch.uint8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    stored = json.loads((folder / "config.json").read_text())
+    stored["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(stored))

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from uoe_peft.attribution import attribute_experts
-from uoe_peft.cli.loading import load_rows
+from uoe_peft.cli.loading import load_model, load_rows
 from uoe_peft.cli.parsing import parse
 
 
@@ -23,6 +23,7 @@ class AttributeArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split of sets on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "Of the model: auto, bfloat16, float16 or float32."})
     device_map: str | None = field(default=None, metadata={"help": "Where the model goes, for example auto."})
+    dequantize: bool = field(default=False, metadata={"help": "For weights that are stored in mxfp4 or FP8."})
     score: str = field(
         default="gate", metadata={"help": "How experts are ranked: gate, token_ratio, contrast, random."}
     )
@@ -41,8 +42,11 @@ class AttributeArguments:
 def run(arguments: Sequence[str]) -> None:
     """Print the best experts and write the attribution."""
     (options,) = parse("attribute", arguments, AttributeArguments)
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model_name_or_path, dtype=options.dtype, device_map=options.device_map
+    model = load_model(
+        options.model_name_or_path,
+        dtype=options.dtype,
+        device_map=options.device_map,
+        dequantize=options.dequantize,
     )
     retain = options.retain_dataset and load_rows(options.retain_dataset, split=options.dataset_split)
     attribution = attribute_experts(

@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_dataset, load_from_disk
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_model(name: str, *, dtype: str, device_map: str | None, dequantize: bool = False) -> PreTrainedModel:
+    """A causal language model.
+
+    Args:
+        name: A folder, or a name on the Hub.
+        dtype: "auto", or the name of a dtype.
+        device_map: Where the model goes, as in transformers.
+        dequantize: Turn weights that are stored in mxfp4 or FP8 into `dtype`: experts in such a form cannot be trained.
+
+    Raises:
+        ValueError: `dequantize` for a model that is stored in another form.
+    """
+    quantization = {"quantization_config": _dequantized(name)} if dequantize else {}
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **quantization)
+
+
+def _dequantized(name: str) -> Any:
+    stored = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
+    asked = AutoQuantizationConfig.from_dict({**stored, "dequantize": True}) if stored else None
+    if not getattr(asked, "dequantize", False):
+        form = stored["quant_method"] if stored else "plain weights"
+        raise ValueError(f"dequantize does not apply to {name}, which is stored as {form}; leave it out")
+    return asked
 
 
 def load_rows(source: str, *, split: str = "train") -> Dataset:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from uoe_peft.cli.loading import load_rows
+from uoe_peft.cli.loading import load_model, load_rows
 from uoe_peft.cli.parsing import parse
 from uoe_peft.training import UnlearningConfig, UnlearningTrainer
 from uoe_peft.tuner import UOEConfig
@@ -23,6 +23,7 @@ class UnlearnArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split of sets on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "Of the model: auto, bfloat16, float16 or float32."})
     device_map: str | None = field(default=None, metadata={"help": "Where the model goes, for example auto."})
+    dequantize: bool = field(default=False, metadata={"help": "For weights that are stored in mxfp4 or FP8."})
     target_experts: list[str] = field(
         default_factory=lambda: ["auto"],
         metadata={"help": "Pairs layer:expert, as in 20:37 20:5; or auto, which attributes on the forget set first."},
@@ -38,8 +39,11 @@ def run(arguments: Sequence[str]) -> None:
     options, training = parse("unlearn", arguments, UnlearnArguments, UnlearningConfig)
     retain = options.retain_dataset and load_rows(options.retain_dataset, split=options.dataset_split)
     trainer = UnlearningTrainer(
-        model=AutoModelForCausalLM.from_pretrained(
-            options.model_name_or_path, dtype=options.dtype, device_map=options.device_map
+        model=load_model(
+            options.model_name_or_path,
+            dtype=options.dtype,
+            device_map=options.device_map,
+            dequantize=options.dequantize,
         ),
         args=training,
         train_dataset=load_rows(options.forget_dataset, split=options.dataset_split),
