@@ -1,4 +1,4 @@
-"""What must be settled before training: the sets, the tokenizer, the model that is attributed on."""
+"""What must be settled before training: the sets, the tokenizer, the model, and which options apply to it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, s
 from uoe_peft.data import PairedDataset, tokenize_dataset, tokenize_with_alternatives
 from uoe_peft.data.tokenization import ProcessingClass, materialise
 from uoe_peft.training.config import UnlearningConfig
+from uoe_peft.training.targets import Targets, find_targets
 
 logger = logging.getLogger(__name__)
 
 _NEEDS_ALTERNATIVES = ("dpo", "idk")
+# Whole distributions are too large to be kept from before training.
+_NEEDS_ADAPTER = ("undial", "kl")
 
 
 def check_sets(args: UnlearningConfig, forget: Any, retain: Any) -> None:
@@ -129,3 +132,60 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(model, **options)
     placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
     return cast(PreTrainedModel, model if placed else cast(nn.Module, model).to(args.device))
+
+
+def check_model(model: nn.Module, args: UnlearningConfig) -> None:
+    """Refuse a model that cannot be trained, or not with these options.
+
+    Raises:
+        ValueError: Adapters are merged, nothing is trainable, a loss needs an adapter and there is none, or the anchor
+            would get no gradient.
+    """
+    merged = sorted({name for module in model.modules() for name in getattr(module, "merged_adapters", ())})
+    if merged:
+        raise ValueError(f"the adapters {merged} are merged, so they cannot be trained; call unmerge_adapter() first")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "no parameter of the model is trainable; load an adapter to go on training with "
+            "PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    for name, loss in (("forget_loss", args.forget_loss), ("retain_loss", args.retain_loss)):
+        if loss in _NEEDS_ADAPTER and not isinstance(model, PeftModel):
+            raise ValueError(
+                f"{name}={loss!r} compares whole distributions with the base model's, which a model that is trained in "
+                "full no longer has; train an adapter (peft_config=...) or choose another loss"
+            )
+    checkpointing = cast(dict[str, Any], args.gradient_checkpointing_kwargs or {})
+    anchored = args.anchor_weight > 0 and find_targets(model)
+    if anchored and args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+        raise ValueError(
+            "the router anchor gets no gradient through reentrant gradient checkpointing; pass "
+            "gradient_checkpointing_kwargs={'use_reentrant': False} or anchor_weight=0"
+        )
+
+
+def say_what_is_off(args: UnlearningConfig, targets: Targets) -> None:
+    """Log which options do not apply, or not as one would think.
+
+    Args:
+        args: The options.
+        targets: Target experts of the model; empty for models without a UOE adapter.
+    """
+    if args.router_aux_loss_coef == 0:
+        logger.info("router_aux_loss_coef is 0: load balancing would work against the router anchor")
+    else:
+        logger.warning("router_aux_loss_coef is not applied to unlearning: it works against the router anchor")
+    if args.anchor_weight > 0 and not targets:
+        logger.info("no UOE adapter: the router anchor does not apply")
+    parts = args.gradient_accumulation_steps * args.world_size
+    of_whole_batch = {
+        "anchor_reduction='mean_gate'": args.anchor_reduction == "mean_gate" and args.anchor_weight > 0,
+        "retain_token_weights='trace'": args.retain_token_weights == "trace" and args.needs_retain,
+    }
+    for option, chosen in of_whole_batch.items():
+        if chosen and targets and parts > 1:
+            logger.warning(
+                "%s is computed on each of the %d parts of a batch and averaged, which differs from its value on the "
+                "whole batch; one process and gradient_accumulation_steps=1 give that",
+                *(option, parts),
+            )

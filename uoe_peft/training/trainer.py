@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -34,7 +33,15 @@ from uoe_peft.training.model_card import PAPER, add_loading_section
 from uoe_peft.training.objective import Denominators, Objective, Step
 from uoe_peft.training.prefix_cache import PrefixCache, PrefixSource, prefix_cache
 from uoe_peft.training.prefix_choice import cache_or_none, rows_in_training
-from uoe_peft.training.preparation import check_sets, load_model, load_tokenizer, pair_sets, prepare_set
+from uoe_peft.training.preparation import (
+    check_model,
+    check_sets,
+    load_model,
+    load_tokenizer,
+    pair_sets,
+    prepare_set,
+    say_what_is_off,
+)
 from uoe_peft.training.reference import Reference
 from uoe_peft.training.routing_shift import selection_overlap
 from uoe_peft.training.shortcuts import take_shortcuts
@@ -42,12 +49,8 @@ from uoe_peft.training.sophia import sophia_and_options
 from uoe_peft.training.targets import active_configs, find_targets, resolve_auto
 from uoe_peft.tuner import UOEConfig
 
-logger = logging.getLogger(__name__)
-
 # Where the log has one entry an epoch.
 _STEPS_BETWEEN_LOOKS = 10
-# Whole distributions are too large to be kept from before training.
-_NEEDS_ADAPTER = ("undial", "kl")
 
 
 class UnlearningTrainer(SFTTrainer):
@@ -142,10 +145,10 @@ class UnlearningTrainer(SFTTrainer):
         self.train_dataset = pair_sets(
             *self._unpaired, self._processing_class, args, formatting_func=self._formatting_func
         )
-        self._check_model()
+        check_model(self.model, args)
         self.objective = self._make_objective()
         self._add_callbacks()
-        self._say_what_is_off()
+        say_what_is_off(args, self.objective.targets)
 
     # ---- Setting up ----
 
@@ -167,32 +170,6 @@ class UnlearningTrainer(SFTTrainer):
     @property
     def _processing_class(self) -> PreTrainedTokenizerBase | ProcessorMixin:
         return cast(Any, self.processing_class)
-
-    def _check_model(self) -> None:
-        merged = sorted({name for m in self.model.modules() for name in getattr(m, "merged_adapters", ())})
-        if merged:
-            raise ValueError(
-                f"the adapters {merged} are merged, so they cannot be trained; call unmerge_adapter() first"
-            )
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                "no parameter of the model is trainable; load an adapter to go on training with "
-                "PeftModel.from_pretrained(..., is_trainable=True)"
-            )
-        is_adapter = isinstance(cast(nn.Module, self.model), PeftModel)
-        for name, loss in (("forget_loss", self.args.forget_loss), ("retain_loss", self.args.retain_loss)):
-            if loss in _NEEDS_ADAPTER and not is_adapter:
-                raise ValueError(
-                    f"{name}={loss!r} compares whole distributions with the base model's, which a model that is "
-                    "trained in full no longer has; train an adapter (peft_config=...) or choose another loss"
-                )
-        options = cast(dict[str, Any], self.args.gradient_checkpointing_kwargs or {})
-        anchored = self.args.anchor_weight > 0 and find_targets(self.model)
-        if anchored and self.args.gradient_checkpointing and options.get("use_reentrant"):
-            raise ValueError(
-                "the router anchor gets no gradient through reentrant gradient checkpointing; pass "
-                "gradient_checkpointing_kwargs={'use_reentrant': False} or anchor_weight=0"
-            )
 
     def _make_objective(self) -> Objective:
         targets = find_targets(self.model)
@@ -223,29 +200,6 @@ class UnlearningTrainer(SFTTrainer):
         if self.args.weight_mask_ratio is not None:
             self._keep_masked = KeepMasked(self.model, self._attribute_weights)
             self.add_callback(self._keep_masked)
-
-    def _say_what_is_off(self) -> None:
-        if self.args.router_aux_loss_coef == 0:
-            logger.info("router_aux_loss_coef is 0: load balancing would work against the router anchor")
-        else:
-            logger.warning("router_aux_loss_coef is not applied to unlearning: it works against the router anchor")
-        if self.args.anchor_weight > 0 and not self.objective.targets:
-            logger.info("no UOE adapter: the router anchor does not apply")
-        self._say_what_depends_on_the_split()
-
-    def _say_what_depends_on_the_split(self) -> None:
-        parts = self.args.gradient_accumulation_steps * self.args.world_size
-        of_whole_batch = {
-            "anchor_reduction='mean_gate'": self.args.anchor_reduction == "mean_gate" and self.args.anchor_weight > 0,
-            "retain_token_weights='trace'": self.args.retain_token_weights == "trace" and self.args.needs_retain,
-        }
-        for option, chosen in of_whole_batch.items():
-            if chosen and parts > 1 and self.objective.targets:
-                logger.warning(
-                    "%s is computed on each of the %d parts of a batch and averaged, which differs from its value on "
-                    "the whole batch; one process and gradient_accumulation_steps=1 give that",
-                    *(option, parts),
-                )
 
     def _set_signature_columns_if_needed(self) -> None:
         # Rows of pairs hold roles, rows of evaluation sets hold columns.
