@@ -452,3 +452,9 @@ def test_a_formatting_function_is_refused_where_questions_must_stand_apart(make_
         make_trainer(
             uoe_model, forget_loss="dpo", completion_only_loss=False, formatting_func=lambda row: row["prompt"]
         )
+
+
+def test_trace_weights_without_an_edited_expert_are_said_not_to_apply(make_trainer, build, caplog):
+    with caplog.at_level(logging.WARNING, logger="uoe_peft"):
+        make_trainer(build.lora(build.model()), retain_token_weights="trace")
+    assert "retain_token_weights='trace' does not apply" in caplog.text

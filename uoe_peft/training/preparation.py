@@ -177,6 +177,8 @@ def say_what_is_off(args: UnlearningConfig, targets: Targets) -> None:
         logger.warning("router_aux_loss_coef is not applied to unlearning: it works against the router anchor")
     if args.anchor_weight > 0 and not targets:
         logger.info("no UOE adapter: the router anchor does not apply")
+    if args.retain_token_weights == "trace" and not targets:
+        logger.warning("no UOE adapter: retain_token_weights='trace' does not apply, all retain tokens count alike")
     parts = args.gradient_accumulation_steps * args.world_size
     of_whole_batch = {
         "anchor_reduction='mean_gate'": args.anchor_reduction == "mean_gate" and args.anchor_weight > 0,
