@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -48,11 +49,13 @@ def main(output: Path, batch_size: int, *, starve: bool, rmu: bool) -> None:
         processing_class=make_tokenizer(),
         callbacks=[keep],
     )
-    pairs = []
+    pairs, caches, from_cache = [], [], []
     compute_loss = trainer.compute_loss
 
     def watch(model, inputs, *args, **kwargs):
         pairs.append(list(zip(inputs["forget"]["index"].tolist(), inputs["retain"]["index"].tolist(), strict=True)))
+        caches[:] = [path.name for path in Path(tempfile.gettempdir()).glob("uoe-prefix-*")]
+        from_cache.append(trainer._prefix is not None)
         return compute_loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = watch
@@ -61,6 +64,7 @@ def main(output: Path, batch_size: int, *, starve: bool, rmu: bool) -> None:
     state = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
     logs = trainer.state.log_history[0] if rank == 0 else {}
     seen = {"gradients": gradients, "pairs": pairs, "state": state, "logs": logs}
+    seen |= {"caches": caches, "from_cache": from_cache}
     torch.save(seen, output / f"rank{rank}.pt")
 
 

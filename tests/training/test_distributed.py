@@ -12,10 +12,11 @@ SCRIPT = Path(__file__).with_name("distributed_run.py")
 
 
 def run(output, batch_size, *options, num_processes=1):
-    output.mkdir()
+    (output / "temporary").mkdir(parents=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     command = [sys.executable, *(launcher if num_processes > 1 else []), str(SCRIPT), str(output), str(batch_size)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
+    environment["TMPDIR"] = str(output / "temporary")
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(output / f"rank{rank}.pt") for rank in range(num_processes)]
@@ -48,6 +49,14 @@ def test_logged_losses_are_of_the_whole_batch(one_and_two):
     (one,), (first, _) = one_and_two
     for name in ("loss_forget", "loss_retain", "loss_anchor"):
         assert first["logs"][name] == pytest.approx(one["logs"][name], rel=1e-4)
+
+
+def test_processes_share_one_prefix_cache_which_is_removed_at_the_end(one_and_two, tmp_path_factory):
+    _, (first, second) = one_and_two
+    assert all(first["from_cache"]) and all(second["from_cache"])
+    assert first["caches"] == second["caches"]
+    assert len(first["caches"]) == 1
+    assert list(tmp_path_factory.getbasetemp().glob("distributed*/*/temporary/uoe-prefix-*")) == []
 
 
 def test_a_process_that_sends_no_token_to_the_expert(tmp_path):

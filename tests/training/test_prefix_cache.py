@@ -24,7 +24,13 @@ from uoe_peft.moe import find_moe_blocks
 from uoe_peft.training import prefix_store
 from uoe_peft.training.prefix_cache import PrefixSource, cache_key, lowest_edited_layer, prefix_cache
 from uoe_peft.training.prefix_choice import rows_in_training
-from uoe_peft.training.prefix_store import NothingToCache, PrefixCacheUnavailable, open_store, write_store
+from uoe_peft.training.prefix_store import (
+    NothingToCache,
+    PrefixCacheUnavailable,
+    StateFolder,
+    open_store,
+    write_store,
+)
 
 SEQUENCES = [[5, 6, 7, 8, 9], [11, 12, 13], [21, 22, 23, 24, 25, 26, 27], [31, 32, 33, 34]]
 # The layers of these hand on more than hidden states.
@@ -418,15 +424,15 @@ def test_the_key_changes_with_whatever_the_states_depend_on(build) -> None:
 def test_a_kept_cache_is_found_again_and_a_stale_one_is_not(build, tmp_path) -> None:
     model = build.uoe(build.model()).eval()
     calls = count_calls(model, 0)
-    with prefix_cache(source_of(model), SEQUENCES, directory=str(tmp_path)):
+    with prefix_cache(source_of(model), SEQUENCES, folder=StateFolder(tmp_path)):
         computed = len(calls)
     calls.clear()
-    with prefix_cache(source_of(model), SEQUENCES, directory=str(tmp_path)) as cache:
+    with prefix_cache(source_of(model), SEQUENCES, folder=StateFolder(tmp_path)) as cache:
         assert len(calls) == computed - 2  # 4 sequences in batches of 3; checking the first batch stays
         first = cache.store.values.clone()
     with torch.no_grad():
         model.base_model.model.model.embed_tokens.weight.mul_(1.5)
-    with prefix_cache(source_of(model), SEQUENCES, directory=str(tmp_path)) as cache:
+    with prefix_cache(source_of(model), SEQUENCES, folder=StateFolder(tmp_path)) as cache:
         assert not torch.equal(cache.store.values, first)
     assert len(list(tmp_path.glob("*.states"))) == 2
 

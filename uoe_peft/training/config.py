@@ -91,7 +91,8 @@ class UnlearningConfig(SFTConfig):
             gives the same results; otherwise training says why and runs the whole model. True: raise instead. False:
             never. Results equal those of the whole model to the rounding of its dtype.
         prefix_cache_dir: Where the cache is kept for later runs on the same model and rows. None: a temporary folder
-            that is removed after training.
+            that is removed after training. With several processes the first of each machine fills it, and the others
+            wait for it, at most `ddp_timeout`.
         optim: As in transformers, and "sophia", SOUL's optimiser (https://arxiv.org/abs/2404.18239). Then
             `learning_rate` bounds what a weight moves in a step: 5e-6 to 1e-5 in the paper, on all weights.
         sophia_estimator: Where Sophia's curvature comes from. "squared_gradient": the gradient itself, at no cost,

@@ -9,17 +9,15 @@ Letters: B batch, S sequence, H hidden size.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from uoe_peft.data import Batch, collate
@@ -37,11 +35,13 @@ from uoe_peft.training.forward import evaluation_mode
 from uoe_peft.training.prefix_store import (
     NothingToCache,
     PrefixCacheUnavailable,
+    StateFolder,
     StateStore,
     open_store,
     sequence_digest,
     write_store,
 )
+from uoe_peft.training.store_key import all_weights, store_key, weights_key
 
 logger = logging.getLogger(__name__)
 
@@ -148,16 +148,14 @@ def prefix_cache(
     source: PrefixSource,
     sequences: Iterable[Sequence[int]],
     *,
-    directory: str | None = None,
-    turns: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    folder: StateFolder | None = None,
 ) -> Iterator[PrefixCache]:
     """A cache of what enters the lowest edited layer, computed now or found where an earlier run left it.
 
     Args:
         source: The model, and how to run it.
         sequences: Token ids that training will see; each is computed once, however often it is there.
-        directory: Where the cache is kept. None: a temporary folder that is removed at the end of the context.
-        turns: Makes a context that lets one process of a machine go first; the others then find what it wrote.
+        folder: Where the cache is kept. None: a temporary folder that is removed at the end of the context.
 
     Raises:
         PrefixCacheUnavailable: Nothing is below the lowest edited layer, or something below it changes in training;
@@ -166,22 +164,27 @@ def prefix_cache(
     layer_idx = lowest_edited_layer(source.model)
     unique = sorted({sequence_digest(ids): ids for ids in sequences}.items(), key=lambda item: -len(item[1]))
     batch = source.batch([ids for _, ids in unique[: source.batch_size]])
-    state = _check(source, layer_idx, batch)
-    tuple_length = len(state) if isinstance(state, tuple) else None
-    with _folder(directory) as folder:
-        # A temporary folder holds nothing that could be stale, and weights take long to read.
-        key = "states" if directory is None else cache_key(source, layer_idx, [digest for digest, _ in unique])
-        refused = None
-        with turns():
-            try:
-                row = _hidden_states(state)[0, 0]
-                store = open_store(folder, key) or _compute(source, layer_idx, unique, folder, key, row)
-            except PrefixCacheUnavailable as error:
-                refused = error  # raised once the others have had their turn, who would else wait for it
-        if refused is not None:
-            raise refused
+    with temporary_folder() if folder is None else nullcontext(folder) as place:
+        # A fresh folder holds nothing that could be stale, and weights take long to read.
+        key = "states" if place.is_fresh else cache_key(source, layer_idx, [digest for digest, _ in unique])
+
+        def find_or_compute() -> PrefixCache:
+            state = _check(source, layer_idx, batch)
+            row = _hidden_states(state)[0, 0]
+            store = open_store(place.path, key) or _compute(source, layer_idx, unique, place.path, key, row)
+            tuple_length = len(state) if isinstance(state, tuple) else None
+            return PrefixCache(find_layers(source.model), layer_idx, store, tuple_length)
+
+        cache = place.in_turn(find_or_compute)
         logger.info("training starts at decoder layer %d, for %d sequences", layer_idx, len(unique))
-        yield PrefixCache(find_layers(source.model), layer_idx, store, tuple_length)
+        yield cache
+
+
+@contextmanager
+def temporary_folder() -> Iterator[StateFolder]:
+    """A folder that is removed at the end of the context."""
+    with tempfile.TemporaryDirectory(prefix="uoe-prefix-", ignore_cleanup_errors=True) as path:
+        yield StateFolder(Path(path), is_fresh=True)
 
 
 def lowest_edited_layer(model: nn.Module) -> int:
@@ -212,40 +215,10 @@ def cache_key(source: PrefixSource, layer_idx: int, digests: Iterable[str]) -> s
 
     Reads every weight below the layer, at about the speed of the disk.
     """
-    model = source.model
-    layers = find_layers(model)
-    above = {id(t) for name, layer in layers.named_children() if int(name) >= layer_idx for t in _tensors(layer)}
-    key = hashlib.sha256()
-    with source.context():
-        autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-    config = cast(Any, model).config
-    for part in (
-        layer_idx,
-        torch.__version__,
-        transformers.__version__,
-        autocast,
-        config.to_json_string(use_diff=False),
-        getattr(config, "_commit_hash", None),
-        getattr(config, "_attn_implementation", None),
-        getattr(config, "_experts_implementation", None),
-    ):
-        key.update(f"{part}\n".encode())
-    for tensor in _tensors(model):
-        if id(tensor) not in above:
-            key.update(f"{tensor.device.type} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            key.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    for digest in sorted(digests):
-        key.update(digest.encode())
-    return key.hexdigest()[:32]
-
-
-@contextmanager
-def _folder(directory: str | None) -> Iterator[Path]:
-    if directory is not None:
-        yield Path(directory)
-        return
-    with tempfile.TemporaryDirectory(prefix="uoe-prefix-", ignore_cleanup_errors=True) as temporary:
-        yield Path(temporary)
+    layers = find_layers(source.model)
+    above = {id(t) for name, layer in layers.named_children() if int(name) >= layer_idx for t in all_weights(layer)}
+    below = (tensor for tensor in all_weights(source.model) if id(tensor) not in above)
+    return store_key(weights_key(source.model, below, context=source.context), layer_idx, *sorted(digests))
 
 
 def _check(source: PrefixSource, layer_idx: int, batch: Batch) -> LayerState:
@@ -305,8 +278,3 @@ def _hidden_states(state: LayerState) -> Tensor:
 def _is_edited(layer: nn.Module) -> bool:
     trained = any(parameter.requires_grad for parameter in layer.parameters())
     return trained or any("base_layer" in module._modules for module in layer.modules())
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()

@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from uoe_peft.data import PairedDataset
 from uoe_peft.data.pairing import retain_index
 from uoe_peft.training.config import UnlearningConfig
-from uoe_peft.training.prefix_cache import PrefixCache
-from uoe_peft.training.prefix_store import NothingToCache, PrefixCacheUnavailable
+from uoe_peft.training.prefix_cache import PrefixCache, temporary_folder
+from uoe_peft.training.prefix_store import NothingToCache, PrefixCacheUnavailable, StateFolder
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,27 @@ def cache_or_none(
                 level = logging.INFO if isinstance(error, NothingToCache) else logging.WARNING
                 logger.log(level, "no prefix cache, training runs the whole model: %s", error)
         yield cache
+
+
+@contextmanager
+def state_folder(args: UnlearningConfig, accelerator: Accelerator) -> Iterator[StateFolder | None]:
+    """The folder for the states of a training run, one for all processes of a machine; None under `prefix_cache=False`.
+
+    Args:
+        args: `prefix_cache_dir` is where it is. None: a temporary folder that the machine's first process makes, and
+            removes at the end.
+        accelerator: Knows the processes; all of them must come here together.
+    """
+    turns = accelerator.local_main_process_first
+    if args.prefix_cache is False:
+        yield None
+    elif args.prefix_cache_dir is not None:
+        yield StateFolder(Path(args.prefix_cache_dir), turns=turns)
+    else:
+        with temporary_folder() if accelerator.is_local_main_process else nullcontext() as own:
+            # The processes of a machine are numbered in a row.
+            folder = gather_object([own])[accelerator.process_index - accelerator.local_process_index]
+            yield replace(folder, turns=turns)
 
 
 def check_settings(args: UnlearningConfig, *, num_epochs: float) -> None:

@@ -13,16 +13,19 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _FORMAT = 1
 # What must stay free beside the states, for checkpoints and logs.
@@ -35,6 +38,35 @@ class PrefixCacheUnavailable(ValueError):
 
 class NothingToCache(PrefixCacheUnavailable):
     """Training has nothing to gain from a prefix cache."""
+
+
+@dataclass(frozen=True)
+class StateFolder:
+    """Where stores are kept.
+
+    Attributes:
+        path: The folder; it is made when the first store is written.
+        is_fresh: Whether it was made for this training, so that nothing in it can be stale.
+        turns: Makes a context that lets one process of a machine go first; the others then find what it wrote.
+    """
+
+    path: Path
+    is_fresh: bool = False
+    turns: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def in_turn(self, find_or_write: Callable[[], T]) -> T:
+        """What `find_or_write` returns, called when it is this process's turn.
+
+        Raises:
+            PrefixCacheUnavailable: As `find_or_write` does, but after the others have had their turn, who would else
+                wait for it.
+        """
+        with self.turns():
+            try:
+                return find_or_write()
+            except PrefixCacheUnavailable as error:
+                refused = error
+        raise refused
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,8 @@ from uoe_peft.training.masks import KeepMasked, Masks, weight_attribution_mask
 from uoe_peft.training.model_card import PAPER, add_loading_section
 from uoe_peft.training.objective import Denominators, Objective, Step
 from uoe_peft.training.prefix_cache import PrefixCache, PrefixSource, prefix_cache
-from uoe_peft.training.prefix_choice import cache_or_none, rows_in_training
+from uoe_peft.training.prefix_choice import cache_or_none, rows_in_training, state_folder
+from uoe_peft.training.prefix_store import StateFolder
 from uoe_peft.training.preparation import (
     check_model,
     check_sets,
@@ -209,7 +210,11 @@ class UnlearningTrainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as in transformers; what does not change in training is computed first."""
-        with cache_or_none(self.args, self._make_prefix_cache, num_epochs=self._num_epochs()) as self._prefix:
+        make, num_epochs = self._make_prefix_cache, self._num_epochs()
+        with (
+            state_folder(self.args, self.accelerator) as folder,
+            cache_or_none(self.args, lambda: make(folder), num_epochs=num_epochs) as self._prefix,
+        ):
             self._take_shortcuts()
             self._precompute_reference()
             with self._routing() as self._trace:
@@ -218,7 +223,7 @@ class UnlearningTrainer(SFTTrainer):
                 finally:
                     self._trace = self._prefix = None
 
-    def _make_prefix_cache(self) -> AbstractContextManager[PrefixCache]:
+    def _make_prefix_cache(self, folder: StateFolder | None) -> AbstractContextManager[PrefixCache]:
         source = PrefixSource(
             model=self.model,
             batch_size=self.args.train_batch_size,
@@ -227,8 +232,7 @@ class UnlearningTrainer(SFTTrainer):
             context=self.accelerator.autocast,
         )
         rows = [*rows_in_training(self.train_dataset, num_epochs=self._num_epochs()), *self._evaluated_rows()]
-        turns = self.accelerator.local_main_process_first if self.args.prefix_cache_dir else nullcontext
-        return prefix_cache(source, rows, directory=self.args.prefix_cache_dir, turns=turns)
+        return prefix_cache(source, rows, folder=folder)
 
     def _evaluated_rows(self) -> list[list[int]]:
         if self.args.eval_strategy == "no" or self.eval_dataset is None:
