@@ -58,8 +58,8 @@ def test_precomputed_values_survive_full_training(build):
     with pytest.raises(RuntimeError, match="no base model any more"):
         reference.nll(model, "forget", BATCH)
     expected = forward_answers(model, BATCH, hidden_layer=1)
-    for with_hidden in (False, True):
-        reference.precompute("forget", [BATCH], with_hidden=with_hidden)
+    for need in ("nll", "hidden"):
+        reference.precompute("forget", [BATCH], need=need)
     edit(model)
     torch.testing.assert_close(reference.nll(model, "forget", BATCH), expected.nll())
     torch.testing.assert_close(reference.hidden(model, "forget", BATCH), expected.hidden)
@@ -70,8 +70,8 @@ def test_precomputed_values_survive_full_training(build):
 def test_precomputed_values_belong_to_an_example_not_to_a_place(build):
     model = build.uoe(build.model())
     reference = Reference(model, hidden_layer=1)
-    for with_hidden in (False, True):
-        reference.precompute("forget", [BATCH], with_hidden=with_hidden)
+    for need in ("nll", "hidden"):
+        reference.precompute("forget", [BATCH], need=need)
     swapped = collate_groups(ROWS[::-1], pad_token_id=0)["forget"]
     expected = forward_answers(model, swapped, hidden_layer=1)
     torch.testing.assert_close(reference.nll(model, "forget", swapped), expected.nll())

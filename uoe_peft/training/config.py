@@ -90,8 +90,10 @@ class UnlearningConfig(SFTConfig):
             every step there. "auto": where examples come up more than once and the model, tried on its first batch,
             gives the same results; otherwise training says why and runs the whole model. True: raise instead. False:
             never. Results equal those of the whole model to the rounding of its dtype.
-        prefix_cache_dir: Where the cache is kept for later runs on the same model and rows. None: a temporary folder
-            that is removed after training. With several processes the first of each machine fills it, and the others
+        prefix_cache_dir: Where the cache is kept for later runs on the same model and rows, and beside it what the base
+            model says of them: likelihoods ("npo", "dpo") and hidden states (adaptive "rmu", "embed_diff"). It is found
+            by what it depends on, all weights of the base model included. None: a temporary folder that is removed
+            after training. With several processes the first of each machine fills it, and the others
             wait for it, at most `ddp_timeout`.
         optim: As in transformers, and "sophia", SOUL's optimiser (https://arxiv.org/abs/2404.18239). Then
             `learning_rate` bounds what a weight moves in a step: 5e-6 to 1e-5 in the paper, on all weights.

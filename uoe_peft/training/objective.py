@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from uoe_peft.data import Batch
 from uoe_peft.moe.routing import RoutingTrace
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.forward import AnswerOutputs, forward_answers, vocab_size
-from uoe_peft.training.reference import Reference
+from uoe_peft.training.reference import Need, Reference
 from uoe_peft.training.targets import Targets, anchor_term, selects_target, target_rates
 
 
@@ -138,24 +137,25 @@ class Objective:
             cap=self.args.trace_cap,
         )
 
-    def reference_needs(self, *, examples_come_again: bool) -> dict[str, Literal["nll", "hidden"]]:
+    def reference_needs(self, *, examples_come_again: bool, on_disk: bool) -> dict[str, Need]:
         """What to ask the base model before the first step, by role.
 
-        With an adapter the base model can be asked at any time. Keeping hidden states would then only cost memory,
+        With an adapter the base model can be asked at any time. Keeping hidden states in memory would then only cost,
         and keeping likelihoods pays where examples come up again.
 
         Args:
             examples_come_again: Whether training goes through the forget set more than once.
+            on_disk: Whether there is a folder to keep it in, for this run or later ones.
         """
-        args, adapter = self.args, self.reference.has_adapter
-        needs: dict[str, Literal["nll", "hidden"]] = {}
-        if args.forget_loss in ("npo", "dpo") and (examples_come_again or not adapter):
+        args, asked_once = self.args, on_disk or not self.reference.has_adapter
+        needs: dict[str, Need] = {}
+        if args.forget_loss in ("npo", "dpo") and (examples_come_again or asked_once):
             needs["forget"] = "nll"
             if args.forget_loss == "dpo":
                 needs["alternative"] = "nll"
-        if args.forget_loss == "rmu" and args.rmu_coefficient is None and not adapter:
+        if args.forget_loss == "rmu" and args.rmu_coefficient is None and asked_once:
             needs["forget"] = "hidden"
-        if args.retain_loss == "embed_diff" and args.needs_retain and not adapter:
+        if args.retain_loss == "embed_diff" and args.needs_retain and asked_once:
             needs["retain"] = "hidden"
         return needs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +71,25 @@ def state_folder(args: UnlearningConfig, accelerator: Accelerator) -> Iterator[S
             yield replace(folder, turns=turns)
 
 
+def reference_folder(
+    args: UnlearningConfig, folder: StateFolder | None, *, from_cache: bool, num_epochs: float
+) -> StateFolder | None:
+    """Where what the base model says is kept: in `prefix_cache_dir`, or beside a temporary cache that is used again.
+
+    Args:
+        args: How training is launched: of weights that are sharded no process sees what its states depend on.
+        folder: That of this training.
+        from_cache: Whether training runs from a prefix cache.
+        num_epochs: How often training goes through the forget set.
+
+    Returns:
+        The folder; None where states are best asked for when they are needed, or kept in memory.
+    """
+    if folder is None or args.fsdp or args.deepspeed:
+        return None
+    return folder if not folder.is_fresh or (from_cache and num_epochs > 1) else None
+
+
 def check_settings(args: UnlearningConfig, *, num_epochs: float) -> None:
     """Refuse a cache where training could not use it.
 
@@ -91,13 +110,18 @@ def check_settings(args: UnlearningConfig, *, num_epochs: float) -> None:
 
 
 def rows_in_training(dataset: PairedDataset, *, num_epochs: float) -> Iterator[list[int]]:
-    """Token ids of the rows that training will see in so many epochs: of a large retain set, only a part."""
-    for role, rows in dataset.sets.items():
-        token_ids = rows["input_ids"]
-        indices: Iterable[int] = range(len(rows))
-        seen = math.ceil(num_epochs) * len(dataset)
-        if role == "retain" and seen < len(rows):
-            sizes = {"num_forget": len(dataset), "num_retain": len(rows), "seed": dataset.seed}
-            places = (divmod(place, len(dataset)) for place in range(seen))
-            indices = [retain_index(index, epoch=epoch, **sizes) for epoch, index in places]
+    """Token ids of the rows that training will see in so many epochs, see `indices_in_training`."""
+    for role, indices in indices_in_training(dataset, num_epochs=num_epochs).items():
+        token_ids = dataset.sets[role]["input_ids"]
         yield from (token_ids[index] for index in indices)
+
+
+def indices_in_training(dataset: PairedDataset, *, num_epochs: float) -> dict[str, Sequence[int]]:
+    """The rows that training will see in so many epochs, by role: of a large retain set, only a part."""
+    indices: dict[str, Sequence[int]] = {role: range(len(rows)) for role, rows in dataset.sets.items()}
+    num_retain, seen = len(indices.get("retain", ())), math.ceil(num_epochs) * len(dataset)
+    if seen < num_retain:
+        sizes = {"num_forget": len(dataset), "num_retain": num_retain, "seed": dataset.seed}
+        places = (divmod(place, len(dataset)) for place in range(seen))
+        indices["retain"] = [retain_index(index, epoch=epoch, **sizes) for epoch, index in places]
+    return indices

@@ -1,15 +1,17 @@
 """What the base model says: the same model with the adapter disabled, never a second copy.
 
 A base model that is not trained says the same of an example in every epoch, so likelihoods are computed
-once, before the first step, in a fixed order: resuming then sees the very same numbers. A model that is
-trained in full has no base model left once training has begun; what is needed is computed before.
+once, before the first step, in a fixed order: resuming then sees the very same numbers. Hidden states are larger:
+they are computed before where they can be kept on disk, see :mod:`uoe_peft.training.reference_store`. A model that
+is trained in full has no base model left once training has begun; what is needed is computed before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -18,6 +20,9 @@ from torch import Tensor, nn
 from uoe_peft.data import Batch
 from uoe_peft.losses import answer_positions
 from uoe_peft.training.forward import AnswerOutputs, evaluation_mode, forward_answers
+
+Need = Literal["nll", "hidden"]
+"""What is asked of the base model: likelihoods of answers, or hidden states."""
 
 
 @dataclass
@@ -35,8 +40,7 @@ class Reference:
     hidden_layer: int | None = None
     last_layer: int | None = None
     logits_at_once: int | None = None
-    _nll: dict[tuple[str, int], float] = field(default_factory=dict, repr=False)
-    _hidden: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False)
+    _known: dict[tuple[Need, str, int], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def has_adapter(self) -> bool:
@@ -64,6 +68,16 @@ class Reference:
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
 
+    @contextmanager
+    def before_training(self) -> Iterator[None]:
+        """As `base_model`, but a model that is trained in full is its own base model as long as it was not trained."""
+        if self.has_adapter:
+            with self.base_model():
+                yield
+        else:
+            with evaluation_mode(self.model):
+                yield
+
     def answers(self, forward_model: nn.Module, batch: Batch) -> AnswerOutputs:
         """The base model's outputs on a batch.
 
@@ -83,10 +97,8 @@ class Reference:
         Raises:
             RuntimeError: The model is trained in full and nothing was precomputed.
         """
-        keys = _keys(role, batch)
-        if not all(key in self._nll for key in keys):
-            return self.answers(forward_model, batch).nll()
-        return torch.tensor([self._nll[key] for key in keys], device=batch["labels"].device)
+        known = self._look_up("nll", role, batch)
+        return self.answers(forward_model, batch).nll() if known is None else known
 
     def hidden(self, forward_model: nn.Module, role: str, batch: Batch) -> Tensor:
         """Hidden states from which answer tokens are predicted. Shape `(N, H)`.
@@ -94,47 +106,47 @@ class Reference:
         Raises:
             RuntimeError: The model is trained in full and nothing was precomputed.
         """
-        keys = _keys(role, batch)
-        if not all(key in self._hidden for key in keys):
-            with self.base_model():
-                return self._hidden_states(forward_model, batch)
-        return torch.cat([self._hidden[key] for key in keys]).to(batch["labels"].device)
+        known = self._look_up("hidden", role, batch)
+        if known is not None:
+            return known
+        with self.base_model():
+            return self._hidden_states(forward_model, batch)
 
-    def precompute(
-        self,
-        role: str,
-        batches: Iterable[Batch],
-        *,
-        with_hidden: bool = False,
-        place: Callable[[Batch], Batch] = lambda batch: batch,
-    ) -> None:
-        """Compute each answer's likelihood, or its hidden states, now; call it before the first step.
+    def precompute(self, role: str, batches: Iterable[Batch], *, need: Need = "nll") -> None:
+        """Compute what batches need now, and keep it in memory; call it before the first step.
 
         Args:
             role: "forget", "retain" or "alternative".
-            batches: Batches with `index`.
-            with_hidden: Hidden states, kept on the CPU, instead of likelihoods.
-            place: Moves a batch to the model's device.
+            batches: Batches with `index`, on the model's device.
+            need: Likelihoods or hidden states.
         """
-        # A model that is trained in full is its own base model as long as it has not been trained.
-        base = self.base_model() if self.has_adapter else nullcontext()
-        with evaluation_mode(self.model), base:
-            for batch in map(place, batches):
-                keys = _keys(role, batch)
-                if with_hidden:
-                    hidden = self._hidden_states(self.model, batch).cpu()
-                    lengths = answer_positions(batch["labels"]).sum(dim=1).tolist()
-                    self._hidden.update(zip(keys, hidden.split(lengths), strict=True))
-                else:
-                    outputs = forward_answers(self.model, batch, logits_at_once=self.logits_at_once)
-                    self._nll.update(zip(keys, outputs.nll().tolist(), strict=True))
+        with self.before_training():
+            for batch in batches:
+                self.remember(role, need, dict(zip(batch["index"].tolist(), self.compute(need, batch), strict=True)))
+
+    def compute(self, need: Need, batch: Batch) -> list[Tensor]:
+        """What the model says of each example now, on the CPU; call it inside `before_training`.
+
+        Returns:
+            Likelihoods of shape `(1,)`, or hidden states of shape `(its answer tokens, H)`.
+        """
+        if need == "nll":
+            outputs = forward_answers(self.model, batch, logits_at_once=self.logits_at_once)
+            return list(outputs.nll().cpu().split(1))
+        lengths = answer_positions(batch["labels"]).sum(dim=1).tolist()
+        return list(self._hidden_states(self.model, batch).cpu().split(lengths))
+
+    def remember(self, role: str, need: Need, values: Mapping[int, Tensor]) -> None:
+        """Take what was computed before of examples, by their index."""
+        self._known.update({(need, role, index): value for index, value in values.items()})
+
+    def _look_up(self, need: Need, role: str, batch: Batch) -> Tensor | None:
+        values = [self._known.get((need, role, index)) for index in batch["index"].tolist()]
+        known = [value for value in values if value is not None]
+        return torch.cat(known).to(batch["labels"].device) if len(known) == len(values) else None
 
     def _hidden_states(self, model: nn.Module, batch: Batch) -> Tensor:
         hidden = forward_answers(model, batch, hidden_layer=self.hidden_layer, last_layer=self.last_layer).hidden
         if hidden is None:
             raise RuntimeError("no hidden_layer was chosen, so there are no hidden states")
         return hidden
-
-
-def _keys(role: str, batch: Batch) -> list[tuple[str, int]]:
-    return [(role, index) for index in batch["index"].tolist()]

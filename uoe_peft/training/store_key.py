@@ -50,3 +50,17 @@ def all_weights(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers."""
     yield from module.parameters()
     yield from module.buffers()
+
+
+def base_weights(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of a model but for those of its adapters."""
+    adapters = {
+        id(tensor)
+        for layer in model.modules()
+        # PEFT's layers name the attributes that hold their adapters. What is not named there changes the key: at worst
+        # a store is not found.
+        for name in getattr(layer, "adapter_layer_names", ())
+        if isinstance(part := getattr(layer, name, None), nn.Module)
+        for tensor in all_weights(part)
+    }
+    return (tensor for tensor in all_weights(model) if id(tensor) not in adapters)

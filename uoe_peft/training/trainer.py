@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,8 +35,14 @@ from uoe_peft.training.masks import KeepMasked, Masks, weight_attribution_mask
 from uoe_peft.training.model_card import PAPER, add_loading_section
 from uoe_peft.training.objective import Denominators, Objective, Step
 from uoe_peft.training.prefix_cache import PrefixCache, PrefixSource, prefix_cache
-from uoe_peft.training.prefix_choice import cache_or_none, rows_in_training, state_folder
-from uoe_peft.training.prefix_store import StateFolder
+from uoe_peft.training.prefix_choice import (
+    cache_or_none,
+    indices_in_training,
+    reference_folder,
+    rows_in_training,
+    state_folder,
+)
+from uoe_peft.training.prefix_store import PrefixCacheUnavailable, StateFolder
 from uoe_peft.training.preparation import (
     check_model,
     check_sets,
@@ -44,11 +53,15 @@ from uoe_peft.training.preparation import (
     say_what_is_off,
 )
 from uoe_peft.training.reference import Reference
+from uoe_peft.training.reference_store import keep_reference
 from uoe_peft.training.routing_shift import selection_overlap
 from uoe_peft.training.shortcuts import take_shortcuts
 from uoe_peft.training.sophia import sophia_and_options
+from uoe_peft.training.store_key import base_weights, weights_key
 from uoe_peft.training.targets import active_configs, find_targets, resolve_auto
 from uoe_peft.tuner import UOEConfig
+
+logger = logging.getLogger(__name__)
 
 # Where the log has one entry an epoch.
 _STEPS_BETWEEN_LOOKS = 10
@@ -216,7 +229,14 @@ class UnlearningTrainer(SFTTrainer):
             cache_or_none(self.args, lambda: make(folder), num_epochs=num_epochs) as self._prefix,
         ):
             self._take_shortcuts()
-            self._precompute_reference()
+            kept = reference_folder(self.args, folder, from_cache=self._prefix is not None, num_epochs=num_epochs)
+            try:
+                self._precompute_reference(kept)
+            except PrefixCacheUnavailable as error:
+                if self.args.prefix_cache is True:
+                    raise
+                logger.warning("what the base model says is not kept on disk: %s", error)
+                self._precompute_reference(None)
             with self._routing() as self._trace:
                 try:
                     return super().train(*args, **kwargs)
@@ -256,21 +276,30 @@ class UnlearningTrainer(SFTTrainer):
                 num_answer_tokens=longest * self.args.train_batch_size,
             )
 
-    def _precompute_reference(self) -> None:
+    def _precompute_reference(self, folder: StateFolder | None) -> None:
         if self._reference_is_final:
             return
-        again = self._num_epochs() > 1
-        for role, needs in self.objective.reference_needs(examples_come_again=again).items():
+        reference, num_epochs = self.objective.reference, self._num_epochs()
+        needs = self.objective.reference_needs(examples_come_again=num_epochs > 1, on_disk=folder is not None)
+        indices = indices_in_training(self.train_dataset, num_epochs=num_epochs)
+        autocast = self.accelerator.autocast
+        weights = cache(lambda: weights_key(self.model, base_weights(self.model), context=autocast))
+        for role, need in needs.items():
             dataset = self.train_dataset.sets[role]
-            rows = [{role: {**row, "index": index}} for index, row in enumerate(dataset)]
-            size = self.args.train_batch_size
-            batches = (self.data_collator(rows[i : i + size])[role] for i in range(0, len(rows), size))
-            with self.accelerator.autocast(), self._from_prefix():
-                self.objective.reference.precompute(
-                    role, batches, with_hidden=needs == "hidden", place=self._prepare_inputs
-                )
+            rows = [{**dataset[index], "index": index} for index in indices[role]]
+            batches = partial(self._batches, role)
+            with autocast(), self._from_prefix():
+                if folder is None:
+                    reference.precompute(role, batches(rows), need=need)
+                else:
+                    keep_reference(reference, role, rows, need=need, folder=folder, weights=weights, batches=batches)
         # Trained in full, the model is its own reference before its first step, and never again.
-        self._reference_is_final = not self.objective.reference.has_adapter
+        self._reference_is_final = not reference.has_adapter
+
+    def _batches(self, role: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Batch]:
+        left = iter(rows)
+        while chunk := [{role: row} for row in islice(left, self.args.train_batch_size)]:
+            yield cast(Batch, self._prepare_inputs(self.data_collator(chunk)[role]))
 
     def _num_epochs(self) -> float:
         if self.args.max_steps > 0:
@@ -337,11 +366,7 @@ class UnlearningTrainer(SFTTrainer):
 
     def _first_epoch(self, role: str) -> Iterator[Batch]:
         self.train_dataset.set_epoch(0)
-        size = self.args.train_batch_size
-        for start in range(0, len(self.train_dataset), size):
-            rows = [self.train_dataset[i] for i in range(start, min(start + size, len(self.train_dataset)))]
-            batch = self.data_collator([{role: row[role]} for row in rows])[role]
-            yield cast(Batch, self._prepare_inputs(batch))
+        return self._batches(role, (self.train_dataset[index][role] for index in range(len(self.train_dataset))))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._is_saved_whole:
