@@ -202,7 +202,7 @@ def test_resuming_gives_the_same_bits(make_trainer, build, tmp_path) -> None:
         assert torch.equal(now, before)
 
 
-def test_evaluation_starts_at_the_layer_and_routing_is_logged_over_all_layers(make_trainer, build) -> None:
+def test_evaluation_and_logged_routing_start_at_the_layer_and_say_the_same(make_trainer, build) -> None:
     eval_set = Dataset.from_dict({"prompt": ["what is new? "], "completion": ["nothing"]})
     options = {"eval_dataset": eval_set, "eval_strategy": "epoch", "log_routing": True, "logging_steps": 2}
     _, expected, _ = trained(make_trainer, build, prefix_cache=False, **options)
@@ -213,8 +213,8 @@ def test_evaluation_starts_at_the_layer_and_routing_is_logged_over_all_layers(ma
     for now, before in zip(found, expected, strict=True):
         assert now == pytest.approx(before, rel=1e-3, abs=1e-5)
     assert sum("eval_loss" in logs for logs in found) == sum("forget_selection_overlap" in logs for logs in found) == 3
-    # Beside those of the test above (one row more): model and base model, forget and retain, at each of 3 logs.
-    assert len(calls) == 3 + 5 + 3 * 2 * 2
+    # As in the test above (one row more): overlaps are 1 in the layer below, where no one has to look.
+    assert len(calls) == 3 + 5
 
 
 def test_mixed_precision_trains_from_the_cache(make_trainer, build) -> None:

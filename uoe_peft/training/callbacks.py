@@ -33,6 +33,23 @@ class NewPairsEachEpoch(TrainerCallback):
 
 
 @dataclass(frozen=True)
+class OffloadPrefix(TrainerCallback):
+    """Moves weights off the device once the Trainer has put the whole model there.
+
+    Attributes:
+        offload: Moves them.
+    """
+
+    offload: Callable[[], None]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move them; after running out of memory with `auto_find_batch_size`, once more."""
+        self.offload()
+
+
+@dataclass(frozen=True)
 class StopWhenForgotten(TrainerCallback):
     """Stops training once the token accuracy on forget batches is low enough.
 

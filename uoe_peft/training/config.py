@@ -85,7 +85,8 @@ class UnlearningConfig(SFTConfig):
         stop_when_forget_accuracy: Stop once the token accuracy on forget batches, averaged over the steps between two
             logs (with "rmu": at the step that is logged), is at or below this. None: never.
         log_routing: Log, at each logging step, how far selected experts overlap with the base model's on forget and
-            retain tokens. Costs one forward pass of each batch at these steps.
+            retain tokens. Costs two forward passes of each batch at these steps, from the lowest edited layer on where
+            there is a prefix cache: layers below it select as ever.
         prefix_cache: Compute what enters the lowest edited layer once for each example, keep it on disk, and start
             every step there. "auto": where examples come up more than once and the model, tried on its first batch,
             gives the same results; otherwise training says why and runs the whole model. True: raise instead. False:
@@ -95,6 +96,11 @@ class UnlearningConfig(SFTConfig):
             by what it depends on, all weights of the base model included. None: a temporary folder that is removed
             after training. With several processes the first of each machine fills it, and the others
             wait for it, at most `ddp_timeout`.
+        offload_prefix: Take the layers below the lowest edited one off the device during training, so that a model
+            trains that fits, but leaves no room for a step: to the CPU, or, where the model is on the CPU, to files
+            that the system reads when it needs to. They come back at the end. Needs a prefix cache, and one process.
+            Sequences that are not in the cache then cannot run on an accelerator: of evaluation sets, only what
+            `eval_strategy` or `eval_on_start` evaluates is there.
         optim: As in transformers, and "sophia", SOUL's optimiser (https://arxiv.org/abs/2404.18239). Then
             `learning_rate` bounds what a weight moves in a step: 5e-6 to 1e-5 in the paper, on all weights.
         sophia_estimator: Where Sophia's curvature comes from. "squared_gradient": the gradient itself, at no cost,
@@ -167,6 +173,9 @@ class UnlearningConfig(SFTConfig):
     prefix_cache_dir: str | None = field(
         default=None, metadata={"help": "Where the prefix cache is kept; None: removed after training."}
     )
+    offload_prefix: bool = field(
+        default=False, metadata={"help": "Take layers below the lowest edited one off the device during training."}
+    )
     # Declared anew: the parent's type makes the command line refuse names that transformers does not know.
     optim: str = field(default=SFTConfig.default_optim, metadata={"help": 'As in transformers, or "sophia".'})
     sophia_estimator: SophiaEstimator = field(
@@ -194,6 +203,7 @@ class UnlearningConfig(SFTConfig):
         self.optim = optim if optim == "sophia" else self.optim
         self._check_choices()
         self._check_numbers()
+        self._check_offloading()
         self._check_optimiser()
         self._check_inherited()
 
@@ -236,6 +246,17 @@ class UnlearningConfig(SFTConfig):
         stop = self.stop_when_forget_accuracy
         if stop is not None and not 0 <= stop <= 1:
             raise ValueError(f"stop_when_forget_accuracy must be in [0, 1], got {stop}")
+
+    def _check_offloading(self) -> None:
+        if not self.offload_prefix:
+            return
+        if self.prefix_cache is False:
+            raise ValueError("offload_prefix=True needs a prefix cache, got prefix_cache=False; leave it at 'auto'")
+        if self.fsdp or self.deepspeed or self.world_size > 1 or self.n_gpu > 1:
+            raise ValueError(
+                "offload_prefix=True works in one process on one device, without fsdp and deepspeed, got world_size="
+                f"{self.world_size}, n_gpu={self.n_gpu}; launch one process, or pass offload_prefix=False"
+            )
 
     def _check_optimiser(self) -> None:
         for name in ("sophia_rho", "weight_mask_mu"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,16 +102,26 @@ class PrefixCache:
             return hidden
         return (hidden, *(None for _ in range(self.tuple_length - 1)))
 
+    def missing(self, batch: Mapping[str, Tensor]) -> list[int]:
+        """Rows of a batch whose sequences are not here."""
+        found, _ = self._rows(batch["input_ids"], batch["attention_mask"])
+        return [row for row, states in enumerate(found) if states is None]
+
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
-        # One wait for the device: the sequences are looked up by their tokens, so that none can be mistaken.
-        ids, mask = torch.stack([input_ids, attention_mask.to(input_ids.dtype)]).cpu()
-        rows = [self.store.states(sequence_digest(row[kept.bool()])) for row, kept in zip(ids, mask, strict=True)]
+        rows, mask = self._rows(input_ids, attention_mask)
         if any(row is None for row in rows):
             return None
         flat = torch.cat(cast(list[Tensor], rows))
         hidden = flat.new_zeros(*mask.shape, *flat.shape[1:])
-        hidden[mask.bool()] = flat
+        hidden[mask] = flat
         return fill_padding(hidden.to(input_ids.device), attention_mask)
+
+    def _rows(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[list[Tensor | None], Tensor]:
+        """States of each row, and the mask on the CPU."""
+        # One wait for the device: the sequences are looked up by their tokens, so that none can be mistaken.
+        ids, mask = torch.stack([input_ids, attention_mask.to(input_ids.dtype)]).cpu()
+        mask = mask.bool()
+        return [self.store.states(sequence_digest(row[kept])) for row, kept in zip(ids, mask, strict=True)], mask
 
 
 @dataclass(frozen=True)

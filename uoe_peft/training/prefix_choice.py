@@ -34,7 +34,7 @@ def cache_or_none(
         num_epochs: How often training goes through the forget set.
 
     Raises:
-        PrefixCacheUnavailable: `prefix_cache=True`, and there can be none.
+        PrefixCacheUnavailable: `prefix_cache=True` or `offload_prefix=True`, and there can be none.
     """
     with ExitStack() as stack:
         cache = None
@@ -43,6 +43,8 @@ def cache_or_none(
                 check_settings(args, num_epochs=num_epochs)
                 cache = stack.enter_context(make())
             except PrefixCacheUnavailable as error:
+                if args.offload_prefix:
+                    raise PrefixCacheUnavailable(f"offload_prefix=True needs a prefix cache: {error}") from error
                 if args.prefix_cache is True:
                     raise
                 level = logging.INFO if isinstance(error, NothingToCache) else logging.WARNING
@@ -97,7 +99,7 @@ def check_settings(args: UnlearningConfig, *, num_epochs: float) -> None:
         NothingToCache: Under "auto", no example comes up twice.
         PrefixCacheUnavailable: The weights are sharded, the model is compiled, or gradient checkpointing is reentrant.
     """
-    if args.prefix_cache == "auto" and num_epochs <= 1:
+    if args.prefix_cache == "auto" and not args.offload_prefix and num_epochs <= 1:
         raise NothingToCache(f"no example comes up twice in {num_epochs:g} epochs")
     if args.fsdp or args.deepspeed or args.torch_compile:
         raise PrefixCacheUnavailable("fsdp, deepspeed and torch_compile need every layer to run")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -105,13 +106,13 @@ def open_store(directory: Path, key: str) -> StateStore | None:
         return None
     dtype, shape = getattr(torch, described["dtype"]), tuple(described["shape"])
     states = _states_path(directory, key)
-    expected = dtype.itemsize * int(np.prod(shape))
+    expected = dtype.itemsize * math.prod(shape)
     found = states.stat().st_size if states.exists() else 0
     if described["format"] != _FORMAT or found != expected:
         logger.warning("prefix cache %s has %d bytes instead of %d; it is computed anew", states, found, expected)
         return None
-    flat = torch.from_file(str(states), shared=False, size=int(np.prod(shape)), dtype=dtype)
-    return StateStore(flat.view(shape), {name: (start, length) for name, start, length in described["spans"]})
+    values = map_file(states, dtype, shape)
+    return StateStore(values, {name: (start, length) for name, start, length in described["spans"]})
 
 
 def write_store(
@@ -134,7 +135,7 @@ def write_store(
     """
     directory.mkdir(parents=True, exist_ok=True)
     _discard_unfinished(directory)
-    _check_room(directory, num_tokens * row.numel() * row.element_size())
+    check_room(directory, num_tokens * row.numel() * row.element_size())
     unfinished = directory / f"{key}.{os.getpid()}.partial"
     spans: list[tuple[str, int, int]] = []
     written = 0
@@ -143,7 +144,7 @@ def write_store(
             for digest, states in sequences:
                 spans.append((digest, written, len(states)))
                 written += len(states)
-                file.write(_bytes(states.to(row.dtype)))
+                file.write(raw_bytes(states.to(row.dtype)))
             file.flush()
             os.fsync(file.fileno())
         if written != num_tokens:
@@ -166,14 +167,19 @@ def _write_header(
     os.replace(unfinished, _header_path(directory, key))
 
 
-def _check_room(directory: Path, size: int) -> None:
+def check_room(directory: Path, size: int, *, what: str = "the prefix cache") -> None:
+    """Announce that bytes will be written.
+
+    Raises:
+        PrefixCacheUnavailable: The disk has no room for them.
+    """
     free = shutil.disk_usage(directory).free
     if size + _SPARE_BYTES > free:
         raise PrefixCacheUnavailable(
-            f"the prefix cache needs {size / 1e6:,.0f} MB, and {directory} has {free / 1e6:,.0f} MB free; pass a "
+            f"{what} needs {size / 1e6:,.0f} MB, and {directory} has {free / 1e6:,.0f} MB free; pass a "
             "prefix_cache_dir on another disk, or prefix_cache=False"
         )
-    logger.info("prefix cache: writing %s MB to %s", f"{size / 1e6:,.1f}", directory)
+    logger.info("%s: writing %s MB to %s", what.removeprefix("the "), f"{size / 1e6:,.1f}", directory)
 
 
 def _discard_unfinished(directory: Path) -> None:
@@ -195,8 +201,14 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _bytes(states: Tensor) -> memoryview:
-    return states.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor, as a file has them."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def map_file(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor whose values are read from a file when they are needed; writing to it does not change the file."""
+    return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 def _states_path(directory: Path, key: str) -> Path:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, s
 from uoe_peft.data import PairedDataset, tokenize_dataset, tokenize_with_alternatives
 from uoe_peft.data.tokenization import ProcessingClass, materialise
 from uoe_peft.training.config import UnlearningConfig
+from uoe_peft.training.offload import check_can_leave
 from uoe_peft.training.targets import Targets, find_targets
 
 logger = logging.getLogger(__name__)
@@ -138,8 +139,8 @@ def check_model(model: nn.Module, args: UnlearningConfig) -> None:
     """Refuse a model that cannot be trained, or not with these options.
 
     Raises:
-        ValueError: Adapters are merged, nothing is trainable, a loss needs an adapter and there is none, or the anchor
-            would get no gradient.
+        ValueError: Adapters are merged, nothing is trainable, layers cannot leave the device, a loss needs an adapter
+            and there is none, or the anchor would get no gradient.
     """
     merged = sorted({name for module in model.modules() for name in getattr(module, "merged_adapters", ())})
     if merged:
@@ -149,6 +150,8 @@ def check_model(model: nn.Module, args: UnlearningConfig) -> None:
             "no parameter of the model is trainable; load an adapter to go on training with "
             "PeftModel.from_pretrained(..., is_trainable=True)"
         )
+    if args.offload_prefix:
+        check_can_leave(model)
     for name, loss in (("forget_loss", args.forget_loss), ("retain_loss", args.retain_loss)):
         if loss in _NEEDS_ADAPTER and not isinstance(model, PeftModel):
             raise ValueError(

@@ -21,6 +21,8 @@ from uoe_peft.training.reference import Reference
 def selection_overlap(reference: Reference, batch: Batch) -> Tensor:
     """Jaccard overlap of the experts that the model and the base model select, mean over tokens and MoE layers.
 
+    Layers that a prefix cache leaves out are below every edited one, where both select the same: they count as 1.
+
     Args:
         reference: The model, with an adapter, and its base model.
         batch: Any batch; padding does not count.
@@ -42,7 +44,8 @@ def selection_overlap(reference: Reference, batch: Batch) -> Tensor:
     overlaps = [
         top_k_jaccard(now[idx], base[idx], num_experts=num_experts[idx], mask=mask.flatten().bool()) for idx in now
     ]
-    return torch.stack(overlaps).mean()
+    left_out = sum(idx < min(now) for idx in num_experts)
+    return (torch.stack(overlaps).sum() + left_out) / (len(overlaps) + left_out)
 
 
 def _selections(reference: Reference, batch: Batch) -> dict[int, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -23,9 +23,10 @@ from trl.trainer.sft_trainer import SFTTrainer
 from uoe_peft.data import Batch, PairedDataset
 from uoe_peft.losses import answer_positions, control_direction
 from uoe_peft.losses.answers import IGNORED_LABEL
+from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.routing import RoutingTrace, record_routing
 from uoe_peft.training.balance import forget_retain_balance
-from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, StopWhenForgotten
+from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, OffloadPrefix, StopWhenForgotten
 from uoe_peft.training.checkpoint import load_full_checkpoint
 from uoe_peft.training.collator import UnlearningCollator
 from uoe_peft.training.config import UnlearningConfig
@@ -34,6 +35,7 @@ from uoe_peft.training.forward import decoder_layer
 from uoe_peft.training.masks import KeepMasked, Masks, weight_attribution_mask
 from uoe_peft.training.model_card import PAPER, add_loading_section
 from uoe_peft.training.objective import Denominators, Objective, Step
+from uoe_peft.training.offload import layers_away, naming_rows
 from uoe_peft.training.prefix_cache import PrefixCache, PrefixSource, prefix_cache
 from uoe_peft.training.prefix_choice import (
     cache_or_none,
@@ -139,6 +141,7 @@ class UnlearningTrainer(SFTTrainer):
         self._unpaired = (train_dataset, retain_dataset)
         self._trace: RoutingTrace | None = None
         self._prefix: PrefixCache | None = None
+        self._until_trained = ExitStack()
         self._denominators: dict[str, Denominators] = {}
         self._overlap_logged_at = -1
         self._keep_masked: KeepMasked | None = None
@@ -207,6 +210,8 @@ class UnlearningTrainer(SFTTrainer):
 
     def _add_callbacks(self) -> None:
         self.add_callback(NewPairsEachEpoch(self.train_dataset))
+        if self.args.offload_prefix:
+            self.add_callback(OffloadPrefix(self._offload_prefix))
         if self.args.stop_when_forget_accuracy is not None:
             self.add_callback(StopWhenForgotten(self.args.stop_when_forget_accuracy))
         if self.args.optim == "sophia" and self.args.sophia_estimator != "squared_gradient":
@@ -237,7 +242,7 @@ class UnlearningTrainer(SFTTrainer):
                     raise
                 logger.warning("what the base model says is not kept on disk: %s", error)
                 self._precompute_reference(None)
-            with self._routing() as self._trace:
+            with self._routing() as self._trace, self._until_trained:
                 try:
                     return super().train(*args, **kwargs)
                 finally:
@@ -255,13 +260,21 @@ class UnlearningTrainer(SFTTrainer):
         return prefix_cache(source, rows, folder=folder)
 
     def _evaluated_rows(self) -> list[list[int]]:
-        if self.args.eval_strategy == "no" or self.eval_dataset is None:
+        if self.eval_dataset is None or (self.args.eval_strategy == "no" and not self.args.eval_on_start):
             return []
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         return [ids for rows in sets for ids in cast(Any, rows)["input_ids"]]
 
-    def _from_prefix(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._prefix is None else self._prefix.serve(self.model)
+    def _from_prefix(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
+        return nullcontext() if self._prefix is None else self._prefix.serve(self.model if model is None else model)
+
+    def _offload_prefix(self) -> None:
+        layer_idx = cast(PrefixCache, self._prefix).layer_idx
+        self._until_trained.close()  # where training begins anew with a smaller batch
+        self._until_trained.enter_context(layers_away(self.model, layer_idx, directory=self.args.prefix_cache_dir))
+
+    def _naming_rows(self, batches: Mapping[str, Batch]) -> AbstractContextManager[None]:
+        return nullcontext() if self._prefix is None else naming_rows(self._prefix, batches, self._tokenizer.decode)
 
     def _take_shortcuts(self) -> None:
         longest = max(
@@ -303,8 +316,9 @@ class UnlearningTrainer(SFTTrainer):
 
     def _num_epochs(self) -> float:
         if self.args.max_steps > 0:
-            per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            return self.args.max_steps * per_step / len(self.train_dataset)
+            batches = len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size)
+            batches = math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
+            return self.args.max_steps / max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
         return float(self.args.num_train_epochs)
 
     def get_batch_samples(
@@ -340,9 +354,10 @@ class UnlearningTrainer(SFTTrainer):
     ) -> Any:
         """The unlearning loss of a pair of batches; of a plain batch, as evaluation has, its likelihood."""
         if "forget" not in inputs:
-            with self._from_prefix():
+            with self._naming_rows({"evaluation": inputs}), self._from_prefix():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self._routing() if self._trace is None else nullcontext(self._trace) as trace, self._from_prefix():
+        routing = self._routing() if self._trace is None else nullcontext(self._trace)
+        with routing as trace, self._naming_rows(inputs), self._from_prefix():
             step = self.objective.step(model, inputs, trace, self._denominators, with_likelihood=self._is_logged_step())
         self._record(step, inputs)
         return (step.loss(self.args), step.outputs) if return_outputs else step.loss(self.args)
@@ -425,7 +440,9 @@ class UnlearningTrainer(SFTTrainer):
         if self._overlap_is_due():
             for role in ("forget", "retain"):
                 if role in batches:
-                    values[f"{role}_selection_overlap"] = selection_overlap(self.objective.reference, batches[role])
+                    with self._from_prefix(find_decoder(self.model)):
+                        overlap = selection_overlap(self.objective.reference, batches[role])
+                    values[f"{role}_selection_overlap"] = overlap
         # One exchange between processes and one wait for the device, for all values together.
         gathered = self.accelerator.gather(torch.stack([value.float() for value in values.values()])[None])
         means = dict(zip(values, gathered.mean(dim=0).tolist(), strict=True))
