@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from clock import seconds
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
@@ -30,8 +29,10 @@ def main() -> None:
     parser.add_argument("--num_experts", type=int, nargs="+", default=[8, 60])
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     rows = [_measure(n, repeats=arguments.repeats, device=arguments.device) for n in arguments.num_experts]
     print("| experts | delta | merge, ms | unmerge, ms | copy of the expert, ms |\n|---|---|---|---|---|")
     for row in (row for pair in rows for row in pair):
@@ -53,9 +54,9 @@ def _measure_delta(num_experts: int, delta_type: str, *, repeats: int, device: s
     target = torch.empty_like(source)
     times: dict[str, list[float]] = {"merge": [], "unmerge": [], "copy": []}
     for _ in range(repeats):
-        times["merge"].append(_seconds(model.merge_adapter))
-        times["unmerge"].append(_seconds(model.unmerge_adapter))
-        times["copy"].append(_seconds(lambda: target.copy_(source)))
+        times["merge"].append(seconds(model.merge_adapter, device))
+        times["unmerge"].append(seconds(model.unmerge_adapter, device))
+        times["copy"].append(seconds(lambda: target.copy_(source), device))
     medians = {f"{name}_ms": 1000 * statistics.median(values) for name, values in times.items()}
     return {"num_experts": num_experts, "delta_type": delta_type, "device": device, **medians}
 
@@ -80,16 +81,6 @@ def _model(num_experts: int, delta_type: str, *, device: str) -> PeftModel:
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=1e-3)
     return model
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
