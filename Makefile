@@ -4,12 +4,18 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The CPU build of torch. Without it pip would fetch several GB of CUDA libraries on Linux.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 OUTPUT_DIR ?= demo_output
+BENCH_DEVICE ?= cpu
+BENCH_SCALE ?= default
+BENCH_THREADS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 # Apart from the environment: PEFT imports these wherever it finds them, and both print warnings when imported.
 QUANTIZERS := $(VENV)/quantizers
+BENCH = $(BIN)/python -W ignore benchmarks
+BENCH_PLACE = --device $(BENCH_DEVICE) --threads $(BENCH_THREADS)
+BENCH_MODEL = $(BENCH_PLACE) --scale $(BENCH_SCALE)
 
 # Nothing here needs the network after the set-up. The models are tiny: a second thread gains nothing, and on a busy
 # machine waiting for it costs twenty-fold.
@@ -18,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quantization lint format types layout bench clean
+.PHONY: help setup demo test test-quantization lint format types layout bench bench-forgetting clean
 
 help:
 	@echo 'make demo     find the expert, unlearn a topic, switch the adapter on and off (2 minutes)'
@@ -27,7 +33,9 @@ help:
 	@echo 'make format   let ruff repair what it can'
 	@echo 'make types    mypy'
 	@echo 'make layout   check who imports whom'
-	@echo 'make bench    TOFU benchmark; needs UOE_DATA=<folder that holds tofu/>'
+	@echo 'make bench    all speed benchmarks, into outputs/bench (half an hour on two quiet cores);'
+	@echo '              on a GPU: BENCH_DEVICE=cuda BENCH_SCALE=qwen1.5-moe-a2.7b or qwen3-30b-a3b'
+	@echo 'make bench-forgetting   TOFU benchmark; needs UOE_DATA=<folder that holds tofu/>'
 	@echo 'make clean    remove the virtual environment and the outputs'
 
 $(SETUP): pyproject.toml constraints.txt
@@ -66,6 +74,16 @@ layout: $(SETUP)
 	$(BIN)/python -m pytest --quiet tests/test_layout.py
 
 bench: $(SETUP)
+	$(BENCH)/step_time.py $(BENCH_MODEL) --rounds 7 --output outputs/bench/step_time.json
+	$(BENCH)/step_time.py $(BENCH_PLACE) --rounds 3 --vocab_size 151936 --methods uoe 'uoe, cached' lora full \
+		--output outputs/bench/long_vocabulary.json
+	$(BENCH)/step_sweeps.py $(BENCH_PLACE) --output outputs/bench/step_sweeps.json --plot outputs/bench/step_time.png
+	$(BENCH)/epoch_time.py $(BENCH_MODEL) --output outputs/bench/epoch_time.json
+	$(BENCH)/attribution.py $(BENCH_MODEL) --output outputs/bench/attribution.json
+	$(BENCH)/toggle.py $(BENCH_PLACE) --output outputs/bench/toggle.json
+	$(BENCH)/inference.py $(BENCH_MODEL) --rounds 21 --output outputs/bench/inference.json
+
+bench-forgetting: $(SETUP)
 	@test -n "$(UOE_DATA)" || { echo 'set UOE_DATA to the folder that holds tofu/'; exit 1; }
 	$(BIN)/python benchmarks/tofu.py --data $(UOE_DATA)/tofu --output_dir outputs/tofu
 
