@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -31,8 +31,9 @@ from uoe_peft.losses import answer_positions, control_direction, embed_diff_loss
 from uoe_peft.moe.segments import find_layers, run_from_layer, run_until_layer
 from uoe_peft.training import UnlearningConfig
 from uoe_peft.training.objective import Objective
-from uoe_peft.training.prefix_cache import PrefixSource, prefix_cache
+from uoe_peft.training.prefix_cache import PrefixCache, PrefixSource, prefix_cache
 from uoe_peft.training.reference import Reference
+from uoe_peft.training.shortcuts import take_shortcuts
 from uoe_peft.tuner import UOEConfig
 
 Method = Literal[
@@ -97,15 +98,14 @@ def training_step(method: Method, model: nn.Module, setting: Setting, stack: Exi
         batches["retain"] = random_batch(setting, seed=1)
     if method == "rmu, lora":
         return _optimised(model, _plain_rmu_loss(model, setting, batches))
-    objective = _objective(method, model, setting)
-
-    def loss() -> Tensor:
-        return objective.step(model, batches, None, {}).loss(objective.args)
-
+    cache = _prefix_cache(model, batches, stack) if method.endswith("cached") else None
+    with nullcontext() if cache is None else cache.serve(model):
+        objective = _prepared(_objective(method, model, setting), batches, cached=cache is not None)
+    loss = _objective_loss(objective, batches)
     if method == "limit":
         return _limit_step(model, setting, batches["forget"], loss)
     step = _optimised(model, loss)
-    return _cached_step(step, objective, batches, stack) if method.endswith("cached") else step
+    return step if cache is None else _served(step, cache, model)
 
 
 def _objective(method: Method, model: nn.Module, setting: Setting) -> Objective:
@@ -134,30 +134,48 @@ def _optimised(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Non
     return step
 
 
-def _cached_step(
-    step: Callable[[], None], objective: Objective, batches: Batches, stack: ExitStack
-) -> Callable[[], None]:
-    model, forget = objective.reference.model, batches["forget"]["input_ids"]
-    source = PrefixSource(model, len(forget), 0, place=_placed_as(forget), context=torch.no_grad)
-    rows = [row for batch in batches.values() for row in batch["input_ids"].tolist()]
-    cache = stack.enter_context(prefix_cache(source, rows))
-    # As the trainer does before its first step.
-    for role, needs in objective.reference_needs(examples_come_again=True).items():
-        objective.reference.precompute(role, [batches[role]], with_hidden=needs == "hidden")
+def _prepared(objective: Objective, batches: Batches, *, cached: bool) -> Objective:
+    """As the trainer makes it before its first step."""
+    num_answer_tokens = int(answer_positions(batches["forget"]["labels"]).sum())
+    objective = take_shortcuts(objective, batches["forget"], num_answer_tokens=num_answer_tokens)
+    needs = objective.reference_needs(examples_come_again=True) if cached else {}
+    for role, need in needs.items():
+        objective.reference.precompute(role, [batches[role]], with_hidden=need == "hidden")
+    return objective
 
-    def cached_step() -> None:
-        with cache.serve(model):
-            step()
 
-    return cached_step
+def _objective_loss(objective: Objective, batches: Batches) -> Callable[[], Tensor]:
+    def loss() -> Tensor:
+        # As at a step that is not logged: RMU does not look at likelihoods then.
+        step = objective.step(objective.reference.model, batches, None, {}, with_likelihood=False)
+        return step.loss(objective.args)
+
+    return loss
+
+
+def _prefix_cache(model: nn.Module, batches: Batches, stack: ExitStack) -> PrefixCache:
+    ids = batches["forget"]["input_ids"]
+    source = PrefixSource(model, len(ids), 0, place=_placed_as(ids), context=torch.no_grad)
+    return stack.enter_context(
+        prefix_cache(source, [row for batch in batches.values() for row in batch["input_ids"].tolist()])
+    )
 
 
 def _placed_as(tensor: Tensor) -> Callable[[Batch], Batch]:
     return lambda batch: {name: values.to(tensor.device) for name, values in batch.items()}
 
 
+def _served(step: Callable[[], None], cache: PrefixCache, model: nn.Module) -> Callable[[], None]:
+    def served() -> None:
+        with cache.serve(model):
+            step()
+
+    return served
+
+
 def _limit_step(model: nn.Module, setting: Setting, batch: Batch, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    layers, inputs = find_layers(model), {name: batch[name] for name in ("input_ids", "attention_mask")}
+    layers = find_layers(model)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         state: Any = run_until_layer(model, setting.target_layer, inputs)
 
