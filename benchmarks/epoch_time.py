@@ -168,7 +168,8 @@ def _rows(wholes: Times, laters: Times) -> list[dict[str, Any]]:
 
 def _row(what: str, without: list[float], cached: list[float]) -> dict[str, Any]:
     medians = {"without": statistics.median(without), "cached": statistics.median(cached)}
-    return {"what": what, **medians, "ratio": median_ratio(cached, without)}
+    runs = {"runs_without": without, "runs_cached": cached}
+    return {"what": what, **medians, "ratio": median_ratio(cached, without), **runs}
 
 
 if __name__ == "__main__":
