@@ -138,9 +138,9 @@ def _prepared(objective: Objective, batches: Batches, *, cached: bool) -> Object
     """As the trainer makes it before its first step."""
     num_answer_tokens = int(answer_positions(batches["forget"]["labels"]).sum())
     objective = take_shortcuts(objective, batches["forget"], num_answer_tokens=num_answer_tokens)
-    needs = objective.reference_needs(examples_come_again=True) if cached else {}
+    needs = objective.reference_needs(examples_come_again=True, on_disk=True) if cached else {}
     for role, need in needs.items():
-        objective.reference.precompute(role, [batches[role]], with_hidden=need == "hidden")
+        objective.reference.precompute(role, [batches[role]], need=need)
     return objective
 
 

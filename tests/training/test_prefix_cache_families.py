@@ -20,6 +20,7 @@ from uoe_peft.moe.routing import record_routing
 from uoe_peft.training import UnlearningConfig
 from uoe_peft.training.objective import Objective
 from uoe_peft.training.prefix_cache import PrefixSource, prefix_cache
+from uoe_peft.training.prefix_store import StateFolder
 from uoe_peft.training.reference import Reference
 from uoe_peft.training.targets import find_targets
 from uoe_peft.tuner import UOEConfig
@@ -103,7 +104,7 @@ class Training:
             for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
         ]
         source = PrefixSource(self.model, 3, 0, place=lambda batch: batch, context=torch.no_grad)
-        with prefix_cache(source, [row.tolist() for row in rows], directory=directory and str(directory)) as cache:
+        with prefix_cache(source, [row.tolist() for row in rows], folder=directory and StateFolder(directory)) as cache:
             calls: list[str] = []
             first = cache.layers.get_submodule("0")
             handle = first.register_forward_hook(lambda *_: calls.append("layer 0"))

@@ -88,7 +88,7 @@ class UnlearningConfig(SFTConfig):
             retain tokens. Costs two forward passes of each batch at these steps, from the lowest edited layer on where
             there is a prefix cache: layers below it select as ever.
         prefix_cache: Compute what enters the lowest edited layer once for each example, keep it on disk, and start
-            every step there. "auto": where examples come up more than once and the model, tried on its first batch,
+            every step there. "auto": where examples come up more than once and the model, tried on two of its rows,
             gives the same results; otherwise training says why and runs the whole model. True: raise instead. False:
             never. Results equal those of the whole model to the rounding of its dtype.
         prefix_cache_dir: Where the cache is kept for later runs on the same model and rows, and beside it what the base

@@ -2,7 +2,7 @@
 
 An adapter changes nothing below the first layer that it edits, so every step, epoch, loss and seed sees the same hidden
 states there. Whether a model gives the same results when it starts at that layer is measured on the model itself and on
-its first batch, see :mod:`uoe_peft.moe.segments`.
+two of its rows, see :mod:`uoe_peft.moe.segments`.
 
 Letters: B batch, S sequence, H hidden size.
 """
@@ -173,7 +173,8 @@ def prefix_cache(
     """
     layer_idx = lowest_edited_layer(source.model)
     unique = sorted({sequence_digest(ids): ids for ids in sequences}.items(), key=lambda item: -len(item[1]))
-    batch = source.batch([ids for _, ids in unique[: source.batch_size]])
+    # The longest row and the shortest: padding is tried, too, at the cost of two rows instead of a whole batch.
+    batch = source.batch([ids for _, ids in unique[:1] + unique[1:][-1:]])
     with temporary_folder() if folder is None else nullcontext(folder) as place:
         # A fresh folder holds nothing that could be stale, and weights take long to read.
         key = "states" if place.is_fresh else cache_key(source, layer_idx, [digest for digest, _ in unique])
