@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS_AT_ONCE = 2**26
-"""Logits that may stand in memory at once: 256 MB in float32, 441 tokens of a vocabulary of 152,064."""
+LOGITS_AT_ONCE = 2**25
+"""Logits that may stand in memory at once: 128 MB in float32, 220 tokens of a vocabulary of 152,064."""
 
 PerToken = Callable[[Tensor, slice], Tensor]
 """Logits of some of the tokens, `(C, V)`, and which they are -> a number for each, `(C,)`."""
