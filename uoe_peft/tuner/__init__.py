@@ -25,8 +25,23 @@ from uoe_peft.tuner.config import UOEConfig  # noqa: E402
 from uoe_peft.tuner.delta import UOELayer  # noqa: E402
 from uoe_peft.tuner.layer import UOEExpertsLayer, UOELinearLayer, UOERouterLayer  # noqa: E402
 from uoe_peft.tuner.model import UOEModel  # noqa: E402
+from uoe_peft.tuner.router_correction import (  # noqa: E402
+    add_router_correction,
+    correctable_blocks,
+    remove_router_correction,
+)
 
 if PeftType("UOE") not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="uoe", config_cls=UOEConfig, model_cls=UOEModel, prefix=UOEModel.prefix)
 
-__all__ = ["UOEConfig", "UOEExpertsLayer", "UOELayer", "UOELinearLayer", "UOEModel", "UOERouterLayer"]
+__all__ = [
+    "UOEConfig",
+    "UOEExpertsLayer",
+    "UOELayer",
+    "UOELinearLayer",
+    "UOEModel",
+    "UOERouterLayer",
+    "add_router_correction",
+    "correctable_blocks",
+    "remove_router_correction",
+]

@@ -34,6 +34,9 @@ class UOEConfig(PeftConfig):
             so that the expert contributes nothing, the training-free baseline. False: random values, for tests.
         train_router: Whether the routers of the target layers get a delta, too.
         router_delta_type: Like `delta_type`, for routers.
+        corrected_router_layers: Further decoder layers whose routers have a delta that no optimiser trains; filled in
+            by :func:`~uoe_peft.correct_routers`, which computes these deltas. They are full ones, whatever
+            `router_delta_type` says.
         attribution: How the target experts were chosen, as plain JSON; kept for the record, never read.
         target_modules: Filled in at injection: the paths of the edited modules.
         exclude_modules: Not supported, since targets are named by expert; must stay None.
@@ -59,6 +62,9 @@ class UOEConfig(PeftConfig):
     )
     train_router: bool = field(default=True, metadata={"help": "Whether routers of the target layers are trained."})
     router_delta_type: str = field(default="full", metadata={"help": "'full' or 'low_rank', for routers."})
+    corrected_router_layers: list[int] | None = field(
+        default=None, metadata={"help": "Filled in by correct_routers: further layers whose routers have a delta."}
+    )
     attribution: dict[str, Any] | None = field(default=None, metadata={"help": "How the targets were chosen."})
     target_modules: set[str] | list[str] | str | None = field(
         default=None, metadata={"help": "Filled in at injection: the paths of the edited modules."}
@@ -77,6 +83,7 @@ class UOEConfig(PeftConfig):
         self.peft_type = PeftType.UOE  # type: ignore[attr-defined]
         if self.target_experts != "auto":
             self.target_experts = _as_pairs(self.target_experts)
+        self.corrected_router_layers = _as_layers(self.corrected_router_layers)
         self._check_choices()
         self._check_low_rank()
 
@@ -119,6 +126,14 @@ def _as_pairs(target_experts: object) -> Pairs:
     if len(set(pairs)) < len(pairs):
         raise ValueError(f"target_experts names an expert twice: {sorted(pairs)}")
     return sorted(pairs)
+
+
+def _as_layers(layers: Iterable[int] | None) -> list[int] | None:
+    """Sorted decoder layers; None for none."""
+    given = sorted(layers or ())
+    if not all(isinstance(layer, int) and layer >= 0 for layer in given) or len(set(given)) < len(given):
+        raise ValueError(f"corrected_router_layers must be distinct decoder layers >= 0, got {layers!r}")
+    return given or None
 
 
 def _expected_pairs(got: object) -> str:

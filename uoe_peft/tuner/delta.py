@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -109,20 +110,22 @@ class UOELayer(nn.Module, BaseTunerLayer):
             config: Ranks, scales and initialisation.
             projections: Which projections get a delta.
             indices: Which experts get a delta, M of them, in ascending order.
-            delta_type: "full" or "low_rank".
+            delta_type: "full" or "low_rank"; "fixed" is a full delta that is no parameter, so that nothing trains it.
         """
         self.target_indices[adapter_name] = list(indices)
         low_rank_scale = config.uoe_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         self.initial_scaling[adapter_name] = low_rank_scale if delta_type == "low_rank" else 1.0
         self.scaling[adapter_name] = self.initial_scaling[adapter_name]
-        if delta_type == "full":
-            self.uoe_delta[adapter_name] = _stacks(
-                len(indices), {p: self.slice_shape(p, indices[0]) for p in projections}
-            )
-        else:
+        if delta_type == "low_rank":
             sizes = {p: self._in_out(p, indices[0]) for p in projections}
-            self.uoe_A[adapter_name] = _stacks(len(indices), {p: (config.r, size[0]) for p, size in sizes.items()})
-            self.uoe_B[adapter_name] = _stacks(len(indices), {p: (size[1], config.r) for p, size in sizes.items()})
+            factors_a = _stacks(len(indices), {p: (config.r, size[0]) for p, size in sizes.items()})
+            factors_b = _stacks(len(indices), {p: (size[1], config.r) for p, size in sizes.items()})
+            self.uoe_A[adapter_name] = nn.ParameterDict(factors_a)
+            self.uoe_B[adapter_name] = nn.ParameterDict(factors_b)
+        else:
+            deltas = _stacks(len(indices), {p: self.slice_shape(p, indices[0]) for p in projections})
+            fixed = delta_type == "fixed"
+            self.uoe_delta[adapter_name] = BufferDict(deltas, persistent=True) if fixed else nn.ParameterDict(deltas)
         self.reset_uoe_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -156,9 +159,18 @@ class UOELayer(nn.Module, BaseTunerLayer):
             total = torch.zeros_like(self.get_delta_weight(adapter_name, projection, index))
             for name in sources.get((projection, index), []):
                 total = total + weights[name] * self.get_delta_weight(name, projection, index)
-            self._set_delta_weight(adapter_name, projection, index, total)
+            self.set_delta_weight(adapter_name, projection, index, total)
 
-    def _set_delta_weight(self, adapter_name: str, projection: str, index: int, delta: Tensor) -> None:
+    @torch.no_grad()
+    def set_delta_weight(self, adapter_name: str, projection: str, index: int, delta: Tensor) -> None:
+        """Set an adapter's delta of one slice, scale included; a low-rank one to the nearest of its rank.
+
+        Args:
+            adapter_name: Name of the adapter.
+            projection: Projection of the slice.
+            index: Expert of the slice.
+            delta: In the layout of :meth:`base_slice`.
+        """
         position = self.target_indices[adapter_name].index(index)
         delta = delta / self.scaling[adapter_name]
         if adapter_name in self.uoe_delta:
@@ -341,5 +353,5 @@ class UOELayer(nn.Module, BaseTunerLayer):
                 parameter.data = parameter.data.to(device if device is not None else base.device, dtype)
 
 
-def _stacks(num_slices: int, shapes: Mapping[str, tuple[int, int]]) -> nn.ParameterDict:
-    return nn.ParameterDict({name: nn.Parameter(torch.zeros(num_slices, *shape)) for name, shape in shapes.items()})
+def _stacks(num_slices: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    return {name: torch.zeros(num_slices, *shape) for name, shape in shapes.items()}

@@ -226,6 +226,8 @@ def _combined_config(configs: list[UOEConfig], combination_type: str, svd_rank: 
         case _:
             raise ValueError(f'combination_type must be "linear", "svd" or "cat", got {combination_type!r}')
     routers = {config.router_delta_type for config in configs if config.train_router}
+    trained = {layer_idx for config in configs for layer_idx, _ in config.target_experts if routers}
+    corrected = {layer_idx for config in configs for layer_idx in config.corrected_router_layers or ()}
     projections = [config.target_projections for config in configs]
     return replace(
         configs[0],
@@ -237,7 +239,9 @@ def _combined_config(configs: list[UOEConfig], combination_type: str, svd_rank: 
         use_rslora=False,
         init_weights=True,
         train_router=bool(routers),
-        router_delta_type="low_rank" if routers == {"low_rank"} else "full",
+        # What one adapter corrects and another trains must hold both: a correction is of any rank.
+        router_delta_type="low_rank" if routers == {"low_rank"} and not trained & corrected else "full",
+        corrected_router_layers=sorted(corrected - trained) or None,
         attribution=None,
         base_experts=None,
     )
@@ -259,7 +263,9 @@ def _find_targets(config: UOEConfig, model: nn.Module) -> dict[str, _Target]:
     for layer_idx, experts in by_layer.items():
         targets |= _expert_targets(config, blocks[layer_idx], tuple(experts))
         if config.train_router:
-            targets |= _router_target(config, blocks[layer_idx])
+            targets |= _router_target(blocks[layer_idx], config.router_delta_type)
+    for layer_idx in config.corrected_router_layers or ():
+        targets |= correction_target(config, layer_idx, blocks, model)
     _check_same_base(config, {str(layer_idx): blocks[layer_idx] for layer_idx in by_layer}, model)
     return targets
 
@@ -282,23 +288,39 @@ def _expert_targets(config: UOEConfig, block: MoEBlock, experts: tuple[int, ...]
     return targets
 
 
-def _router_target(config: UOEConfig, block: MoEBlock) -> dict[str, _Target]:
+def _router_target(block: MoEBlock, delta_type: str) -> dict[str, _Target]:
     name = block.gate_name.removesuffix(".weight").replace(".", "_")
-    return {block.router_name: _Target(block, "router", (name,), (0,), config.router_delta_type)}
+    return {block.router_name: _Target(block, "router", (name,), (0,), delta_type)}
+
+
+def correction_target(
+    config: UOEConfig, layer_idx: int, blocks: dict[int, MoEBlock], model: nn.Module
+) -> dict[str, _Target]:
+    """The router of a further layer, whose delta no optimiser trains, by its path."""
+    _check_layer(layer_idx, blocks, model, option="corrected_router_layers")
+    if config.train_router and layer_idx in {target_layer for target_layer, _ in config.target_experts}:
+        raise ValueError(
+            f"the router of layer {layer_idx} is trained with its target expert, got it in corrected_router_layers, "
+            "too; name layers without target experts there, or set train_router=False"
+        )
+    return _router_target(blocks[layer_idx], "fixed")
 
 
 def _check_pair(layer_idx: int, expert_idx: int, blocks: dict[int, MoEBlock], model: nn.Module) -> None:
-    name = type(model).__name__
-    if layer_idx not in blocks:
-        raise ValueError(
-            f"layer {layer_idx} of {name} has no Mixture-of-Experts block, got layer_idx={layer_idx} in "
-            f"target_experts; use one of {sorted(blocks)}"
-        )
+    _check_layer(layer_idx, blocks, model, option="target_experts")
     num_experts = blocks[layer_idx].num_experts
     if expert_idx >= num_experts:
         raise ValueError(
-            f"layer {layer_idx} of {name} has {num_experts} experts, got expert_idx={expert_idx}; "
+            f"layer {layer_idx} of {type(model).__name__} has {num_experts} experts, got expert_idx={expert_idx}; "
             f"use 0 to {num_experts - 1}"
+        )
+
+
+def _check_layer(layer_idx: int, blocks: dict[int, MoEBlock], model: nn.Module, *, option: str) -> None:
+    if layer_idx not in blocks:
+        raise ValueError(
+            f"layer {layer_idx} of {type(model).__name__} has no Mixture-of-Experts block, got layer_idx={layer_idx} "
+            f"in {option}; use one of {sorted(blocks)}"
         )
 
 
