@@ -209,14 +209,18 @@ def test_each_adapter_has_its_own(qwen: PreTrainedModel, logits: Logits) -> None
     first = logits(model)
     model.set_adapter("other")
     other = logits(model)
-    add_router_correction(tuner(model), "other", 2, random_delta(qwen))
-    corrected = logits(model)
-    assert not torch.equal(corrected, other)
     model.set_adapter("default")
+    add_router_correction(tuner(model), "other", 2, random_delta(qwen))
     assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    assert not torch.equal(logits(model), other)
+    model.set_adapter("default")
     add_router_correction(tuner(model), "default", 2, random_delta(qwen, seed=4))
     both = logits(model)
     assert not torch.equal(both, first)
+    remove_router_correction(tuner(model), "default", 2)  # the active adapter's, beside another's
+    assert torch.equal(logits(model), first)
+    add_router_correction(tuner(model), "default", 2, random_delta(qwen, seed=4))
     remove_router_correction(tuner(model), "other", 2)
     assert torch.equal(logits(model), both)
     model.set_adapter("other")
@@ -224,8 +228,8 @@ def test_each_adapter_has_its_own(qwen: PreTrainedModel, logits: Logits) -> None
 
 
 def test_weighted_sums_hold_corrections(qwen: PreTrainedModel, logits: Logits) -> None:
-    # The first corrects what the second trains: the sum must hold both, though routers are of rank 3.
-    low_rank = {"delta_type": "low_rank", "router_delta_type": "low_rank"}
+    # The first corrects what the second trains: the sum must hold both, though routers are of rank 1.
+    low_rank = {"delta_type": "low_rank", "router_delta_type": "low_rank", "r": 1}
     model = get_peft_model(qwen, low_config(qwen, **low_rank)).eval()
     randomise(model)
     model.add_adapter("other", low_config(qwen, target_experts=[(2, 3)], **low_rank))
