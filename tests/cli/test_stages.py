@@ -91,6 +91,22 @@ def test_correcting_routers_needs_tokens_to_keep(sets: list[str]) -> None:
         main(["unlearn", *options])
 
 
+def test_an_adapter_is_written_before_its_routers_are_corrected(
+    sets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(checkpoint_path("base"))
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("no router to correct")
+
+    monkeypatch.setattr("uoe_peft.cli.unlearn.correct_routers", fail)
+    quiet = ["--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no", "--max_steps", "1"]
+    options = ["--output_dir", str(tmp_path / "adapter"), "--correct_routers", "true", "--target_experts", "3:1"]
+    with pytest.raises(ValueError, match="no router to correct"):
+        main(["unlearn", "--model_name_or_path", base, *sets, *options, *quiet, "--dataloader_pin_memory", "false"])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_targets_are_written_as_pairs() -> None:
     assert target_experts(["auto"]) == "auto"
     assert target_experts(["20:37", "3:5"]) == [(20, 37), (3, 5)]

@@ -84,12 +84,18 @@ def test_accuracy_and_likelihood_take_one_pass_of_the_head(build):
     assert sizes == [0, 2, 1]
 
 
-@pytest.mark.parametrize("kind", ["trained", "adapted"])
+@pytest.mark.parametrize("kind", ["trained", "adapted", "copied"])
 def test_a_head_that_is_trained_or_adapted_is_applied_at_once(build, kind):
+    """Else its logits, made later, would not be those of the adapter that was on or off then."""
     model = build.model()
     if kind == "adapted":
         model = get_peft_model(model, LoraConfig(r=3, target_modules=["lm_head"]))
+    if kind == "copied":
+        model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     assert forward_answers(model, BATCH, logits_at_once=1).predictions.head is None
+    if kind != "trained":
+        with model.disable_adapter():
+            assert forward_answers(model, BATCH, logits_at_once=1).predictions.head is None
 
 
 def test_a_pass_that_ends_below_the_head_has_no_logits(model):

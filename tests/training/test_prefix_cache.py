@@ -9,12 +9,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tests.families import SUPPORTED
@@ -35,6 +35,8 @@ from uoe_peft.training.prefix_store import (
 SEQUENCES = [[5, 6, 7, 8, 9], [11, 12, 13], [21, 22, 23, 24, 25, 26, 27], [31, 32, 33, 34]]
 # The layers of these hand on more than hidden states.
 _NOT_KEPT = ("glm_moe_dsa", "hy_v4", "mistral_large4", "zaya")
+# Its routers and experts read noisy inputs in training (`input_jitter_noise`).
+_NOISY = "phimoe"
 # Encoder-decoders, which the trainer gives no decoder inputs; and a configuration that needs tokens that mark images.
 _NOT_TRIED = ("nllb_moe", "switch_transformers", "qwen3_omni_moe")
 
@@ -103,9 +105,10 @@ def test_every_family_is_served_or_refused(family: str) -> None:
     layer_idx = find_moe_blocks(model)[-1].layer_idx
     model.requires_grad_(False)
     next(iter(find_moe_blocks(model)[-1].router.parameters())).requires_grad_(True)
-    if family in _NOT_KEPT:
+    if family in (*_NOT_KEPT, _NOISY):
+        message = "hand on more than hidden states" if family != _NOISY else "has dropout or noise below layer"
         with (
-            pytest.raises(PrefixCacheUnavailable, match="hand on more than hidden states"),
+            pytest.raises(PrefixCacheUnavailable, match=message),
             prefix_cache(source_of(model), SEQUENCES),
         ):
             pass
@@ -252,6 +255,7 @@ def test_auto_says_once_why_it_runs_the_whole_model(make_trainer, build, caplog)
     [
         ({"gradient_checkpointing": True, "anchor_weight": 0}, "reentrant"),
         ({"torch_compile": True}, "need every layer to run"),
+        ({"neftune_noise_alpha": 5}, "adds other noise to the embeddings at every step"),
     ],
 )
 def test_settings_that_need_every_layer_are_refused(make_trainer, build, options, message) -> None:
@@ -269,12 +273,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_trainer, build) ->
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
 
 
-def test_dropout_below_the_layer_is_refused(build) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_below_the_layer_is_refused(build, training) -> None:
+    """Models are loaded in evaluation mode, and the Trainer changes that after the cache was made."""
     base = build.model()
     base.model.layers[0].mlp.register_forward_hook(
         lambda layer, args, output: nn.functional.dropout(output, 0.1, training=layer.training)
     )
-    model = build.uoe(base).train()
+    model = build.uoe(base).train(training)
     before = torch.get_rng_state()
     with (
         pytest.raises(PrefixCacheUnavailable, match="dropout or noise below layer 1"),
@@ -282,7 +288,14 @@ def test_dropout_below_the_layer_is_refused(build) -> None:
     ):
         pass
     assert torch.equal(torch.get_rng_state(), before)
-    assert model.training
+    assert model.training == training
+
+
+def test_launchers_that_shard_without_the_arguments_are_seen(make_trainer, build, monkeypatch) -> None:
+    trainer = make_trainer(build.uoe(build.model()), prefix_cache=True)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(PrefixCacheUnavailable, match="fsdp, deepspeed and torch_compile need every layer to run"):
+        trainer.train()
 
 
 def test_the_lowest_layer_is_where_an_adapter_or_a_trained_weight_is(build) -> None:
@@ -376,11 +389,32 @@ write_store(Path({str(tmp_path)!r}), "key", sequences(), num_tokens=5, row=torch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key.json", "key.states"]
 
 
-def test_the_file_of_a_running_process_stays(tmp_path) -> None:
-    unfinished = tmp_path / f"other.{os.getpid()}.partial"
+@pytest.mark.parametrize("machine", ["this", "another"])
+def test_the_file_of_a_running_process_stays(tmp_path, monkeypatch, machine) -> None:
+    """Whether a process of another machine is running cannot be asked."""
+    pid = os.getpid()
+    if machine == "another":
+        pid = 2**22 + 1  # higher than any that runs here
+        monkeypatch.setattr(prefix_store.platform, "node", lambda: "another machine")
+    monkeypatch.setattr(prefix_store.os, "getpid", lambda: pid)
+    unfinished = prefix_store._unfinished_path(tmp_path, "other")
+    monkeypatch.undo()
     unfinished.write_bytes(b"half")
     write(tmp_path)
     assert unfinished.exists()
+
+
+def test_two_writers_with_one_process_number_do_not_write_into_one_file(tmp_path) -> None:
+    """Containers count their processes by themselves."""
+    states = torch.ones(2, 3)
+
+    def sequences() -> Any:
+        yield "a", states
+        write_store(tmp_path, "key", iter([("a", states), ("b", states)]), num_tokens=4, row=states[0])
+        yield "b", states
+
+    store = write_store(tmp_path, "key", sequences(), num_tokens=4, row=states[0])
+    assert all(torch.equal(cast(Tensor, store.states(name)), states) for name in ("a", "b"))
 
 
 @pytest.mark.parametrize("damage", ["shorter states", "no states", "unreadable header", "other format"])

@@ -21,7 +21,7 @@ from uoe_peft.data import collate, tokenize_dataset
 from uoe_peft.moe import find_moe_blocks, unwrap
 from uoe_peft.training.router_correction import router_delta, routing_kept
 from uoe_peft.training.targets import find_targets
-from uoe_peft.tuner import UOEConfig, UOELayer
+from uoe_peft.tuner import UOEConfig, UOELayer, add_router_correction
 
 FAMILIES = ("qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4", "gemma4", "olmoe", "listed, linear router")
 
@@ -191,8 +191,11 @@ def test_the_report_is_of_held_out_tokens(build: Any, correct: Any, tokenizer: A
     # A matrix of 32 columns fits the eleven tokens of the shorter rows, and no others.
     model = low_adapter(build.model())
     few = Dataset.from_dict({"text": ["abcdefgh", "ijklmn", "opq"]})
-    correction = correct_routers(model, few, processing_class=tokenizer, ridge=1e-9, min_cosine=0.0)
+    correction = correct_routers(model, few, processing_class=tokenizer, ridge=1e-9, min_cosine=1.0)
     fitted = batches_of(few.select([1, 2]), tokenizer, size=2)
+    add_router_correction(
+        model.base_model, "default", 1, router_delta(model, find_moe_blocks(model)[1], fitted, ridge=1e-9)
+    )
     seen = routing_kept(model, fitted, [1])[1]
     assert seen.cosine > 0.999 > correction.layers[0].after.cosine
 
@@ -282,3 +285,38 @@ def test_what_cannot_be_corrected_is_refused(build: Any, correct: Any, retain: D
     next(p for n, p in model.named_parameters() if "uoe_delta.default.down_proj" in n).data.fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN or infinite"):
         correct(model)
+
+
+def test_after_an_error_the_adapter_has_the_corrections_that_it_had(
+    build: Any, correct: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = low_adapter(build.model())
+    correct(model)
+    before, config = {n: d.clone() for n, d in corrections(model).items()}, model.peft_config["default"]
+    layers = config.corrected_router_layers
+    calls = []
+
+    def fail_at_the_second(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return router_delta(*args, **kwargs)
+
+    monkeypatch.setattr("uoe_peft.training.router_correction.router_delta", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        correct(model)
+    after = corrections(model)
+    assert len(before) == 2 and after.keys() == before.keys()
+    assert all(torch.equal(after[name], delta) for name, delta in before.items())
+    assert config.corrected_router_layers == layers
+
+
+def test_a_correction_that_makes_routing_worse_is_not_kept(
+    build: Any, correct: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = low_adapter(build.model())
+    noise = torch.randn(6, 32, dtype=torch.float64)
+    monkeypatch.setattr("uoe_peft.training.router_correction.router_delta", lambda *args, **kwargs: noise)
+    correction = correct(model)
+    assert all(layer.after.cosine < layer.before.cosine for layer in correction.layers)
+    assert correction.accepted_layers == [] and corrections(model) == {}

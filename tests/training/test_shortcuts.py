@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from uoe_peft.training import shortcuts
 from uoe_peft.training.config import ForgetLoss
@@ -53,10 +54,12 @@ def test_accuracy_is_logged_of_the_steps_that_are_logged(make_trainer, build):
             assert row[name] == pytest.approx(expected[name])
 
 
-def test_a_log_of_one_entry_an_epoch_has_accuracies(make_trainer, build):
-    options = {"max_steps": -1, "num_train_epochs": 6, "logging_strategy": "epoch"}
-    trainer, _ = trained(make_trainer, build, **RMU, **options)
-    assert any("forget_accuracy" in row for row in trainer.state.log_history)
+@pytest.mark.parametrize("strategy", [{"logging_strategy": "epoch"}, {"logging_steps": 3, "logging_first_step": True}])
+def test_every_log_has_accuracies(make_trainer, build, strategy):
+    trainer, _ = trained(make_trainer, build, **RMU, max_steps=-1, num_train_epochs=6, **strategy)
+    logs = [row for row in trainer.state.log_history if "loss_forget" in row]
+    assert len(logs) > 4
+    assert all("forget_accuracy" in row for row in logs)
 
 
 def test_the_anchor_of_a_higher_layer_is_still_read(make_trainer, build):
@@ -70,8 +73,11 @@ def test_the_anchor_of_a_higher_layer_is_still_read(make_trainer, build):
 
 
 def test_a_layer_below_all_that_is_edited_is_refused(make_trainer, build):
-    with pytest.raises(ValueError, match=r"rmu_layer=0 is below every layer that is edited, \[1\]"):
+    with pytest.raises(ValueError, match=r"rmu_layer=0 is below every layer that is trained, \[1\]"):
         make_trainer(**RMU, rmu_layer=0)
+    lora = LoraConfig(r=3, target_modules=["q_proj"], layers_to_transform=[2])
+    with pytest.raises(ValueError, match=r"rmu_layer=1 is below every layer that is trained, \[2\]"):
+        make_trainer(get_peft_model(build.model(), lora), **RMU, rmu_layer=1)
 
 
 def test_a_model_that_cannot_stop_runs_in_full(make_trainer, build, caplog):

@@ -458,3 +458,12 @@ def test_trace_weights_without_an_edited_expert_are_said_not_to_apply(make_train
     with caplog.at_level(logging.WARNING, logger="uoe_peft"):
         make_trainer(build.lora(build.model()), retain_token_weights="trace")
     assert "retain_token_weights='trace' does not apply" in caplog.text
+
+
+def test_training_in_full_again_over_other_rows_is_refused_with_what_to_do(make_trainer, build):
+    options = {"retain_loss": "embed_diff", "rmu_layer": 1, "forget_loss": "grad_ascent"}
+    trainer = make_trainer(build.model(), max_steps=2, **options)
+    trainer.train()
+    trainer.args.max_steps = 8
+    with pytest.raises(ValueError, match="Make a new trainer from the base model"):
+        trainer.train()

@@ -70,10 +70,11 @@ def run(arguments: Sequence[str]) -> None:
         ),
     )
     trainer.train()
+    trainer.save_model(training.output_dir)  # whatever happens to the correction, training is not lost
     if options.correct_routers:
         model = cast(PeftModel, trainer.model)
         print(correct_routers(model, retain, processing_class=tokenizer, max_length=training.max_length).summary())
-    trainer.save_model(training.output_dir)
+        trainer.save_model(training.output_dir)
     print(f"adapter written to {training.output_dir}; load it with `import uoe_peft` and PeftModel.from_pretrained")
 
 

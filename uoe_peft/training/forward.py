@@ -238,7 +238,8 @@ def _in_chunks(model: nn.Module, num_tokens: int, logits_at_once: int | None) ->
         head = find_lm_head(_unwrapped(model))
     except UnsupportedModelError:
         return False
-    return "base_layer" not in head._modules and not any(p.requires_grad for p in head.parameters())
+    # PEFT wraps what it adapts or trains a copy of: such a head says other things once the adapter is on again.
+    return not head._modules and not any(p.requires_grad for p in head.parameters())
 
 
 def vocab_size(model: nn.Module) -> int:

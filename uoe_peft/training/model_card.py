@@ -21,16 +21,19 @@ PAPER = {
 }
 
 _HEADING = "## Loading this adapter"
+_LAST_LINES = """model.merge_adapter()  # forgets in the weights; unmerge_adapter() restores every bit
+```
+"""
 
 
 def add_loading_section(readme: Path, configs: Sequence[UOEConfig]) -> None:
-    """Append to a model card how to load a UOE adapter, and which experts it edits; once.
+    """Say in a model card how to load a UOE adapter, and what it edits now; once, whatever stands around it.
 
     Args:
         readme: The card; nothing happens where there is none.
         configs: Of the model's active UOE adapters; nothing happens where there is none.
     """
-    if not configs or not readme.is_file() or _HEADING in readme.read_text(encoding="utf-8"):
+    if not configs or not readme.is_file():
         return
     pairs = [pair for config in configs for pair in config.target_experts]
     edited = ", ".join(f"expert {expert_idx} of layer {layer_idx}" for layer_idx, expert_idx in pairs)
@@ -51,8 +54,9 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("<this folder or repository>")
 with model.disable_adapter():  # remembers
     ...
-model.merge_adapter()  # forgets in the weights; unmerge_adapter() restores every bit
-```
-"""
-    with readme.open("a", encoding="utf-8") as card:
-        card.write(section)
+{_LAST_LINES}"""
+    card = readme.read_text(encoding="utf-8")
+    start = card.find(f"\n{_HEADING}\n")
+    end = card.find(_LAST_LINES, start) + len(_LAST_LINES)
+    before, after = (card, "") if start < 0 else (card[:start], card[end:])
+    readme.write_text(before + section + after, encoding="utf-8")

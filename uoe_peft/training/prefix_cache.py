@@ -129,7 +129,7 @@ class PrefixSource:
     """How states are computed.
 
     Attributes:
-        model: The model, in the mode in which it will be trained.
+        model: The model.
         batch_size: Sequences in a forward pass.
         pad_token_id: Token id that fills short rows.
         place: Moves a batch to the model's device.
@@ -208,17 +208,27 @@ def lowest_edited_layer(model: nn.Module) -> int:
         layers = find_layers(model)
     except UnsupportedModelError as error:
         raise NothingToCache(str(error)) from error
-    inside = {id(parameter) for parameter in layers.parameters()}
-    outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    outside = trained_beside(model, layers)
     if outside:
         raise NothingToCache(f"{outside[0]} is trained, which is not in a decoder layer")
-    edited = [int(name) for name, layer in layers.named_children() if _is_edited(layer)]
+    edited = edited_layers(layers)
     if not edited or min(edited) == 0:
         raise NothingToCache(
             f"there must be layers that are not edited below those that are; edited are {edited} of "
             f"{len(list(layers.children()))} decoder layers"
         )
     return min(edited)
+
+
+def edited_layers(layers: nn.Module) -> list[int]:
+    """Indices of the decoder layers that have an adapter or a trainable parameter."""
+    return [int(name) for name, layer in layers.named_children() if _is_edited(layer)]
+
+
+def trained_beside(model: nn.Module, layers: nn.Module) -> list[str]:
+    """Names of the trainable parameters that are not in decoder layers."""
+    inside = {id(parameter) for parameter in layers.parameters()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
 
 
 def cache_key(source: PrefixSource, layer_idx: int, digests: Iterable[str]) -> str:
@@ -246,9 +256,14 @@ def _check(source: PrefixSource, layer_idx: int, batch: Batch) -> LayerState:
             f"{name} gives other results when it starts at layer {layer_idx}: they differ by {difference:.1e} of "
             "their standard deviation"
         )
-    if model.training:
+    # The Trainer turns training mode on after this.
+    was_training = model.training
+    model.train()
+    try:
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             _check_noiseless(source, layer_idx, batch, state, rounding)
+    finally:
+        model.train(was_training)
     return state
 
 

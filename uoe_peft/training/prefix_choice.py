@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def cache_or_none(
-    args: UnlearningConfig, make: Callable[[], AbstractContextManager[PrefixCache]], *, num_epochs: float
+    args: UnlearningConfig,
+    make: Callable[[], AbstractContextManager[PrefixCache]],
+    *,
+    num_epochs: float,
+    sharded: bool = False,
 ) -> Iterator[PrefixCache | None]:
     """The cache that `prefix_cache` asks for, or None where training runs the whole model; the log says why.
 
@@ -32,6 +36,7 @@ def cache_or_none(
         args: `prefix_cache` and the settings that it depends on.
         make: Makes the cache.
         num_epochs: How often training goes through the forget set.
+        sharded: Whether a launcher splits the weights (FSDP, DeepSpeed).
 
     Raises:
         PrefixCacheUnavailable: `prefix_cache=True` or `offload_prefix=True`, and there can be none.
@@ -40,7 +45,7 @@ def cache_or_none(
         cache = None
         if args.prefix_cache is not False:
             try:
-                check_settings(args, num_epochs=num_epochs)
+                check_settings(args, num_epochs=num_epochs, sharded=sharded)
                 cache = stack.enter_context(make())
             except PrefixCacheUnavailable as error:
                 if args.offload_prefix:
@@ -74,35 +79,38 @@ def state_folder(args: UnlearningConfig, accelerator: Accelerator) -> Iterator[S
 
 
 def reference_folder(
-    args: UnlearningConfig, folder: StateFolder | None, *, from_cache: bool, num_epochs: float
+    folder: StateFolder | None, *, from_cache: bool, num_epochs: float, sharded: bool
 ) -> StateFolder | None:
     """Where what the base model says is kept: in `prefix_cache_dir`, or beside a temporary cache that is used again.
 
     Args:
-        args: How training is launched: of weights that are sharded no process sees what its states depend on.
         folder: That of this training.
         from_cache: Whether training runs from a prefix cache.
         num_epochs: How often training goes through the forget set.
+        sharded: Whether a launcher splits the weights: then no process sees what its states depend on.
 
     Returns:
         The folder; None where states are best asked for when they are needed, or kept in memory.
     """
-    if folder is None or args.fsdp or args.deepspeed:
+    if folder is None or sharded:
         return None
     return folder if not folder.is_fresh or (from_cache and num_epochs > 1) else None
 
 
-def check_settings(args: UnlearningConfig, *, num_epochs: float) -> None:
+def check_settings(args: UnlearningConfig, *, num_epochs: float, sharded: bool = False) -> None:
     """Refuse a cache where training could not use it.
 
     Raises:
         NothingToCache: Under "auto", no example comes up twice.
-        PrefixCacheUnavailable: The weights are sharded, the model is compiled, or gradient checkpointing is reentrant.
+        PrefixCacheUnavailable: The weights are sharded, the model is compiled, embeddings get noise, or gradient
+            checkpointing is reentrant.
     """
     if args.prefix_cache == "auto" and not args.offload_prefix and num_epochs <= 1:
         raise NothingToCache(f"no example comes up twice in {num_epochs:g} epochs")
-    if args.fsdp or args.deepspeed or args.torch_compile:
+    if sharded or args.torch_compile:
         raise PrefixCacheUnavailable("fsdp, deepspeed and torch_compile need every layer to run")
+    if args.neftune_noise_alpha is not None:
+        raise PrefixCacheUnavailable("neftune_noise_alpha adds other noise to the embeddings at every step")
     checkpointing = cast(dict[str, Any], args.gradient_checkpointing_kwargs or {})
     if args.gradient_checkpointing and checkpointing.get("use_reentrant"):
         raise PrefixCacheUnavailable(

@@ -13,7 +13,9 @@ import json
 import logging
 import math
 import os
+import platform
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -136,11 +138,11 @@ def write_store(
     directory.mkdir(parents=True, exist_ok=True)
     _discard_unfinished(directory)
     check_room(directory, num_tokens * row.numel() * row.element_size())
-    unfinished = directory / f"{key}.{os.getpid()}.partial"
+    unfinished = _unfinished_path(directory, key)
     spans: list[tuple[str, int, int]] = []
     written = 0
     try:
-        with unfinished.open("wb") as file:
+        with unfinished.open("xb") as file:
             for digest, states in sequences:
                 spans.append((digest, written, len(states)))
                 written += len(states)
@@ -162,7 +164,7 @@ def _write_header(
     directory: Path, key: str, shape: tuple[int, ...], dtype: torch.dtype, spans: list[tuple[str, int, int]]
 ) -> None:
     described: dict[str, Any] = {"format": _FORMAT, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
-    unfinished = directory / f"{key}.json.{os.getpid()}.partial"
+    unfinished = _unfinished_path(directory, key)
     unfinished.write_text(json.dumps(described | {"spans": spans}), encoding="utf-8")
     os.replace(unfinished, _header_path(directory, key))
 
@@ -184,11 +186,20 @@ def check_room(directory: Path, size: int, *, what: str = "the prefix cache") ->
 
 def _discard_unfinished(directory: Path) -> None:
     """Remove what processes that have ended left behind; processes of other machines cannot be asked."""
-    for path in directory.glob("*.partial"):
-        pid = path.suffixes[-2].removeprefix(".") if len(path.suffixes) > 1 else ""
+    for path in directory.glob(f"*.{_this_machine()}-*.partial"):
+        pid = path.stem.split("-")[-2]
         if os.name == "posix" and pid.isdigit() and not _is_running(int(pid)):
             logger.warning("removing %s, which a process left unfinished", path)
             path.unlink(missing_ok=True)
+
+
+def _unfinished_path(directory: Path, key: str) -> Path:
+    """A name that no other process has, on this machine or another that shares the folder."""
+    return directory / f"{key}.{_this_machine()}-{os.getpid()}-{uuid.uuid4().hex}.partial"
+
+
+def _this_machine() -> str:
+    return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
 
 def _is_running(pid: int) -> bool:

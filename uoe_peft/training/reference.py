@@ -140,6 +140,10 @@ class Reference:
         """Take what was computed before of examples, by their index."""
         self._known.update({(need, role, index): value for index, value in values.items()})
 
+    def knows(self, need: Need, role: str, indices: Iterable[int]) -> bool:
+        """Whether what is needed of these examples was computed before."""
+        return all((need, role, index) in self._known for index in indices)
+
     def _look_up(self, need: Need, role: str, batch: Batch) -> Tensor | None:
         values = [self._known.get((need, role, index)) for index in batch["index"].tolist()]
         known = [value for value in values if value is not None]

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -98,7 +99,7 @@ class RouterCorrection:
         rows = [
             f"{layer.layer_idx:5}  {layer.before.cosine:.3f} -> {layer.after.cosine:.3f}    "
             f"{layer.before.jaccard:.3f} -> {layer.after.jaccard:.3f}  "
-            + ("corrected" if layer.accepted else f"left as it was: cosine below {self.min_cosine}")
+            + ("corrected" if layer.accepted else f"left as it was: cosine below {self.min_cosine}, or no better")
             for layer in self.layers
         ]
         return "\n".join(["layer  cosine of scores  same experts (Jaccard), on held-out retain tokens", *rows])
@@ -126,7 +127,7 @@ def correct_routers(
     0 that is the closed form of https://arxiv.org/abs/2601.16905, which pulls the corrected matrix to 0 where this one
     pulls the delta to 0: where the adapter changes nothing, nothing is corrected. Biases stay as they are.
 
-    Costs two passes over the sample for each router, up to that router; memory does not grow with the sample.
+    Costs a few passes over the sample for each router, up to that router; memory does not grow with the sample.
 
     The deltas become part of the model's active adapter, which is saved, merged and switched as before; they are not
     trained, and out of date once the adapter is trained on. Corrections that the adapter has are computed anew.
@@ -140,7 +141,7 @@ def correct_routers(
         processing_class: Tokenizer, or a processor that holds one.
         ridge: lambda, > 0, as a share of the mean of X~ X~^T's diagonal, so that it means the same for any sample.
         min_cosine: Least mean cosine of the scores with and without the adapter that a corrected router must reach to
-            be kept, in [0, 1].
+            be kept, in [0, 1]; nor may it be lower than without the correction.
         max_tokens: Size of the sample in tokens.
         batch_size: Sequences in a batch.
         max_length: Longest sequence in tokens; None for no limit.
@@ -174,16 +175,18 @@ def correct_routers(
         name="retain",
     )
     fitted, held_out = _split(sample)
-    for layer_idx in cast(UOEConfig, tuner.peft_config[adapter_name]).corrected_router_layers or ():
-        remove_router_correction(tuner, adapter_name, layer_idx)
-    before = routing_kept(model, held_out, [block.layer_idx for block in blocks])
     layers = []
-    for block in blocks:
-        add_router_correction(tuner, adapter_name, block.layer_idx, router_delta(model, block, fitted, ridge=ridge))
-        after = routing_kept(model, held_out, [block.layer_idx])[block.layer_idx]
-        layers.append(LayerCorrection(block.layer_idx, before[block.layer_idx], after, after.cosine >= min_cosine))
-        if not layers[-1].accepted:
-            remove_router_correction(tuner, adapter_name, block.layer_idx)
+    with _all_or_as_before(tuner, adapter_name):
+        before = routing_kept(model, held_out, [block.layer_idx for block in blocks])
+        for block in blocks:
+            layer_idx = block.layer_idx
+            without = routing_kept(model, held_out, [layer_idx])[layer_idx].cosine
+            add_router_correction(tuner, adapter_name, layer_idx, router_delta(model, block, fitted, ridge=ridge))
+            after = routing_kept(model, held_out, [layer_idx])[layer_idx]
+            accepted = after.cosine >= max(min_cosine, without)
+            layers.append(LayerCorrection(layer_idx, before[layer_idx], after, accepted))
+            if not accepted:
+                remove_router_correction(tuner, adapter_name, layer_idx)
     correction = RouterCorrection(tuple(layers), ridge, min_cosine)
     logger.info("routers above the edited layer\n%s", correction.summary())
     return correction
@@ -261,6 +264,27 @@ def _compare(
                 run(**inputs)
                 original = read()
             yield inputs["attention_mask"].flatten().bool(), edited, original
+
+
+@contextmanager
+def _all_or_as_before(tuner: UOEModel, adapter_name: str) -> Iterator[None]:
+    """Inside the context an adapter begins without corrections; after an error it has those that it had."""
+    config = cast(UOEConfig, tuner.peft_config[adapter_name])
+    routers = {block.layer_idx: block.router for block in correctable_blocks(tuner, adapter_name)}
+    before = {}
+    for layer_idx in config.corrected_router_layers or ():
+        layer = cast(UOELayer, routers[layer_idx])
+        (projection,) = cast(Any, layer.uoe_delta[adapter_name]).keys()
+        before[layer_idx] = layer.get_delta_weight(adapter_name, projection, layer.target_indices[adapter_name][0])
+        remove_router_correction(tuner, adapter_name, layer_idx)
+    try:
+        yield
+    except BaseException:
+        for layer_idx in config.corrected_router_layers or ():
+            remove_router_correction(tuner, adapter_name, layer_idx)
+        for layer_idx, delta in before.items():
+            add_router_correction(tuner, adapter_name, layer_idx, delta)
+        raise
 
 
 def _tuner_and_adapter(model: PeftModel) -> tuple[UOEModel, str]:

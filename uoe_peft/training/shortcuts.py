@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from uoe_peft.data import Batch
 from uoe_peft.moe.segments import stops_exactly
-from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.forward import evaluation_mode, head_is_exact, vocab_size
 from uoe_peft.training.logits import LOGITS_AT_ONCE
 from uoe_peft.training.objective import Objective
@@ -18,15 +17,18 @@ from uoe_peft.training.objective import Objective
 logger = logging.getLogger(__name__)
 
 
-def take_shortcuts(objective: Objective, batch: Batch, *, num_answer_tokens: int) -> Objective:
+def take_shortcuts(
+    objective: Objective, batch: Batch, *, num_answer_tokens: int, whole_model: bool = False
+) -> Objective:
     """The objective with the shortcuts that hold for its model; the log says which do not.
 
     Args:
         objective: As the settings ask for it.
         batch: Any batch, on the model's device.
         num_answer_tokens: The most that a batch may have.
+        whole_model: Whether every layer must run: the weights are sharded, or the model is compiled.
     """
-    if _needs_whole_model(objective.args):
+    if whole_model:
         return objective
     reference = replace(
         objective.reference,
@@ -34,10 +36,6 @@ def take_shortcuts(objective: Objective, batch: Batch, *, num_answer_tokens: int
         logits_at_once=_logits_at_once(objective, batch, num_answer_tokens),
     )
     return replace(objective, reference=reference)
-
-
-def _needs_whole_model(args: UnlearningConfig) -> bool:
-    return bool(args.fsdp or args.deepspeed or args.torch_compile)
 
 
 def _last_layer(objective: Objective, batch: Batch) -> int | None:

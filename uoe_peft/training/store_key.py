@@ -28,7 +28,8 @@ def weights_key(model: nn.Module, weights: Iterable[Tensor], *, context: Callabl
     """
     key = hashlib.sha256()
     with context():
-        autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+        devices = sorted({"cpu", *(parameter.device.type for parameter in model.parameters())} - {"meta"})
+        autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
     config = cast(Any, model).config
     for part in (
         torch.__version__,

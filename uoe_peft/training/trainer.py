@@ -25,6 +25,7 @@ from uoe_peft.losses import answer_positions, control_direction
 from uoe_peft.losses.answers import IGNORED_LABEL
 from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.routing import RoutingTrace, record_routing
+from uoe_peft.moe.segments import find_layers
 from uoe_peft.training.balance import forget_retain_balance
 from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, OffloadPrefix, StopWhenForgotten
 from uoe_peft.training.checkpoint import load_full_checkpoint
@@ -36,7 +37,7 @@ from uoe_peft.training.masks import KeepMasked, Masks, weight_attribution_mask
 from uoe_peft.training.model_card import PAPER, add_loading_section
 from uoe_peft.training.objective import Denominators, Objective, Step
 from uoe_peft.training.offload import layers_away, naming_rows
-from uoe_peft.training.prefix_cache import PrefixCache, PrefixSource, prefix_cache
+from uoe_peft.training.prefix_cache import PrefixCache, PrefixSource, edited_layers, prefix_cache, trained_beside
 from uoe_peft.training.prefix_choice import (
     cache_or_none,
     indices_in_training,
@@ -199,10 +200,12 @@ class UnlearningTrainer(SFTTrainer):
                 "than UOE, or none, does not name a layer)"
             )
         decoder_layer(self.model, layer_idx)  # an index out of range is said now, not at the first step
-        if targets and layer_idx < min(targets):
+        layers = find_layers(self.model)
+        edited = edited_layers(layers)
+        if not trained_beside(self.model, layers) and layer_idx < min(edited):
             raise ValueError(
-                f"rmu_layer={layer_idx} is below every layer that is edited, {sorted(targets)}: its output does "
-                "not depend on what is trained; choose an edited layer, or one above it"
+                f"rmu_layer={layer_idx} is below every layer that is trained, {edited}: its output does not depend on "
+                "what is trained; choose one of these layers, or one above"
             )
         hidden_size = self.model.config.get_text_config().hidden_size
         direction = control_direction(hidden_size, seed=self.args.rmu_seed).to(self.args.device)
@@ -231,10 +234,13 @@ class UnlearningTrainer(SFTTrainer):
         make, num_epochs = self._make_prefix_cache, self._num_epochs()
         with (
             state_folder(self.args, self.accelerator) as folder,
-            cache_or_none(self.args, lambda: make(folder), num_epochs=num_epochs) as self._prefix,
+            cache_or_none(
+                self.args, lambda: make(folder), num_epochs=num_epochs, sharded=self._is_sharded
+            ) as self._prefix,
         ):
             self._take_shortcuts()
-            kept = reference_folder(self.args, folder, from_cache=self._prefix is not None, num_epochs=num_epochs)
+            from_cache = self._prefix is not None
+            kept = reference_folder(folder, from_cache=from_cache, num_epochs=num_epochs, sharded=self._is_sharded)
             try:
                 self._precompute_reference(kept)
             except PrefixCacheUnavailable as error:
@@ -287,14 +293,21 @@ class UnlearningTrainer(SFTTrainer):
                 self.objective,
                 next(self._first_epoch("forget")),
                 num_answer_tokens=longest * self.args.train_batch_size,
+                whole_model=self._is_sharded or self.args.torch_compile,
             )
 
     def _precompute_reference(self, folder: StateFolder | None) -> None:
-        if self._reference_is_final:
-            return
         reference, num_epochs = self.objective.reference, self._num_epochs()
         needs = self.objective.reference_needs(examples_come_again=num_epochs > 1, on_disk=folder is not None)
         indices = indices_in_training(self.train_dataset, num_epochs=num_epochs)
+        if self._reference_is_final:
+            if not all(reference.knows(need, role, indices[role]) for role, need in needs.items()):
+                raise ValueError(
+                    "train() was called before, and now reads rows of which the base model was not asked then: a model "
+                    "that is trained in full has none left. Make a new trainer from the base model, with all the "
+                    "epochs or max_steps that you want"
+                )
+            return
         autocast = self.accelerator.autocast
         weights = cache(lambda: weights_key(self.model, base_weights(self.model), context=autocast))
         for role, need in needs.items():
@@ -400,8 +413,12 @@ class UnlearningTrainer(SFTTrainer):
     @property
     def _is_saved_whole(self) -> bool:
         """Whether checkpoints are what `save_pretrained` writes: no adapter, no shards of a launcher."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return not sharded and not isinstance(cast(nn.Module, self.model), PeftModel)
+        return not self._is_sharded and not isinstance(cast(nn.Module, self.model), PeftModel)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Asked of the trainer: a launcher may say so without the arguments."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -460,8 +477,15 @@ class UnlearningTrainer(SFTTrainer):
         return self._is_logged_step()
 
     def _is_logged_step(self) -> bool:
-        interval = _STEPS_BETWEEN_LOOKS if self.args.logging_strategy == "epoch" else self.state.logging_steps
-        return (self.state.global_step + 1) % max(int(interval or 1), 1) == 0
+        step, interval = self.state.global_step + 1, max(int(self.state.logging_steps or 1), 1)
+        match self.args.logging_strategy:
+            case "steps":
+                return step % interval == 0 or (step == 1 and self.args.logging_first_step)
+            case "epoch":
+                steps_an_epoch = max(1, round(self.state.max_steps / self._num_epochs()))
+                return step % _STEPS_BETWEEN_LOOKS == 0 or step % steps_an_epoch == 0
+            case _:
+                return False
 
     def _check_finite(self, name: str, value: float, batches: dict[str, Batch]) -> None:
         if math.isfinite(value):
