@@ -11,19 +11,20 @@ Numbers of one forgetting are only fair to compare with those of another where b
 run asks a part of the forget set every few steps, and ends at the first answer whose ROUGE-L is down to that of the
 retrained twin + `margin` (or `forget_target`, where there is no twin). What is compared then is the ROUGE-L on retain
 rows that training has not seen. Runs that do not get there within `max_steps` are marked. Each cell has the same number
-of learning rates to try, and its best one counts: chosen by the mean over seeds of what is reported, alike for all.
+of learning rates to try. The runs of the first seed choose one, by what is reported, alike for all; the further seeds
+are run at that one alone.
 
 Without options this is the shipped testbed, which takes 5 to 40 seconds a run on one CPU core. Any model and sets
 will do: `--model_name_or_path X --forget_dataset F --retain_dataset R --forget_target 0.2 --dtype bfloat16
 --full_rates 1e-6 1e-5 --lora_rates 1e-5 1e-4 --expert_rates 5e-5 5e-4`. Every run is appended to `runs.jsonl` and not
-repeated, so that a benchmark that was stopped goes on where it was.
+repeated, so that a benchmark that was stopped goes on where it was; `--minutes 0` only writes table and picture.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
-from table3_report import Run, write_report
+from table3_report import Run, cells_of, write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -117,7 +118,7 @@ def main() -> None:
     runs = [run for run in runs if run.reached or run.diverged or run.steps >= args.max_steps]
     done = {run.key for run in runs}
     ground, references = prepare(args)
-    for loss, part, rate, seed in planned(args):
+    for loss, part, rate, seed in planned(args, runs):
         if (loss, part, rate, seed) in done:
             continue
         if time.perf_counter() - started > args.minutes * 60:
@@ -128,8 +129,7 @@ def main() -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(run)) + "\n")
         print(run.summary(), flush=True)
-        write_report(args.output_dir, runs, references, target=ground.target, parts=args.parts)
-    write_report(args.output_dir, runs, references, target=ground.target, parts=args.parts)
+    write_report(args.output_dir, runs, references, target=ground.target, parts=args.parts, first_seed=args.seeds[0])
 
 
 def check_settings(args: Table3Arguments) -> None:
@@ -144,13 +144,20 @@ def check_settings(args: Table3Arguments) -> None:
         raise ValueError(f"the runs in {args.output_dir} had other {differing}; choose another --output_dir")
 
 
-def planned(args: Table3Arguments) -> Iterator[tuple[str, str, float, int]]:
-    """Loss, part, learning rate and seed of each run; a first value of everything before a second of anything."""
+def planned(args: Table3Arguments, runs: Sequence[Run]) -> Iterator[tuple[str, str, float, int]]:
+    """Loss, part, learning rate and seed of each run; a first value of everything before a second of anything.
+
+    Further seeds are run only at the rate that the first one chose; by then `runs` holds all runs of the first.
+    """
     num_rates = max(len(rates) for rates in (args.full_rates, args.lora_rates, args.expert_rates))
-    for seed, place, loss, part in product(args.seeds, range(num_rates), args.losses, args.parts):
+    first, *further = args.seeds
+    for place, loss, part in product(range(num_rates), args.losses, args.parts):
         rates = {"all": args.full_rates, "LoRA": args.lora_rates}.get(part, args.expert_rates)
         if place < len(rates):
-            yield loss, part, rates[place], seed
+            yield loss, part, rates[place], first
+    cells = cells_of(runs, first_seed=first)
+    for seed, loss, part in product(further, args.losses, args.parts):
+        yield loss, part, cells[loss, part].rate, seed
 
 
 def prepare(args: Table3Arguments) -> tuple[Ground, dict[str, dict[str, float]]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 References = dict[str, dict[str, float]]
@@ -60,6 +59,11 @@ class Run:
         """What tells a run from others."""
         return self.loss, self.part, self.rate, self.seed
 
+    @property
+    def merit(self) -> tuple[bool, bool, float]:
+        """What the better of two runs has more of: forgetting; a finite loss; retain (else less forget) score."""
+        return self.reached, not self.diverged, self.retain if self.reached else -self.forget
+
     def summary(self) -> str:
         """One line."""
         mark = "" if self.reached else "  (not forgotten)"
@@ -71,7 +75,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one loss and one part at its best learning rate; means over seeds."""
+    """The runs of one loss and one part at its best learning rate; means over seeds, `spread` their deviation."""
 
     loss: str
     part: str
@@ -92,16 +96,17 @@ class Cell:
         return self.num_reached == self.num_runs
 
 
-def cells_of(runs: Sequence[Run]) -> dict[tuple[str, str], Cell]:
-    """The best learning rate of each cell: the most seeds that forgot; then the best retain (else forget) score."""
-    by_rate: defaultdict[tuple[str, str], defaultdict[float, list[Run]]] = defaultdict(lambda: defaultdict(list))
+def cells_of(runs: Sequence[Run], *, first_seed: int) -> dict[tuple[str, str], Cell]:
+    """Each cell at the learning rate with which `first_seed` forgot and kept most (else forgot most), over all seeds."""
+    best: dict[tuple[str, str], Run] = {}
     for run in runs:
-        by_rate[run.loss, run.part][run.rate].append(run)
-
-    def merit(cell: Cell) -> tuple[float, float]:
-        return cell.num_reached / cell.num_runs, cell.retain if cell.num_reached else -cell.forget
-
-    return {key: max((_cell(group) for group in rates.values()), key=merit) for key, rates in by_rate.items()}
+        known = best.get((run.loss, run.part))
+        if run.seed == first_seed and (known is None or run.merit > known.merit):
+            best[run.loss, run.part] = run
+    return {
+        key: _cell([run for run in runs if (run.loss, run.part, run.rate) == (*key, chosen.rate)])
+        for key, chosen in best.items()
+    }
 
 
 def _cell(runs: Sequence[Run]) -> Cell:
@@ -112,7 +117,7 @@ def _cell(runs: Sequence[Run]) -> Cell:
         rate=first.rate,
         forget=fmean(run.forget for run in runs),
         retain=fmean(run.retain for run in runs),
-        spread=pstdev(run.retain for run in runs),
+        spread=stdev(run.retain for run in runs) if len(runs) > 1 else 0.0,
         num_reached=sum(run.reached for run in runs),
         num_runs=len(runs),
         steps=fmean(run.steps for run in runs),
@@ -123,10 +128,16 @@ def _cell(runs: Sequence[Run]) -> Cell:
 
 
 def write_report(
-    folder: Path, runs: Sequence[Run], references: References, *, target: float, parts: Sequence[str]
+    folder: Path,
+    runs: Sequence[Run],
+    references: References,
+    *,
+    target: float,
+    parts: Sequence[str],
+    first_seed: int,
 ) -> None:
     """Write `table3.json`, `table3.md` and `table3.png`."""
-    cells = cells_of(runs)
+    cells = cells_of(runs, first_seed=first_seed)
     content: dict[str, Any] = {
         "forget_target": target,
         "references": references,
