@@ -9,11 +9,8 @@ Two grounds, one table each:
 
 - testbed: the shipped model, with each of its seven topics in turn as what is to be forgotten. Its experts specialised
   by themselves.
-- TOFU (https://arxiv.org/abs/2401.06121; DIR holds its `full.json`): the small model of `tofu.py` learns 50 authors,
-  the last 5 are to be forgotten. Authors alone make no expert special, so one term of the pre-training loss is a dial
-  for it: `0.1 * mean over layers relu(log tau - log p)`, p the mean router probability of expert 0 on the tokens of
-  these 5 authors. The first `epochs` passes are without it and shared; the last `dial_epochs` are one model for each
-  tau, 0 being without.
+- TOFU (https://arxiv.org/abs/2401.06121; DIR holds its `full.json`): a small model learns 50 authors, the last 5 are
+  to be forgotten. How far one expert is made special for them, is a dial, tau; `tofu_model.py` says how.
 
 All scores share loss, settings and seed. A run asks a part of the forget set every few steps and ends at the first
 answer whose ROUGE-L recall is at or below a target: on the testbed that of the twin that never saw the forget topic
@@ -30,7 +27,6 @@ Picks, models and runs are kept in `cache_dir`: a benchmark that was stopped goe
 from __future__ import annotations
 
 import json
-import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -43,24 +39,20 @@ from typing import Any, get_args
 
 import torch
 from datasets import Dataset
-from tofu import load_tofu, new_model, shuffled_batches, train_tokenizer
-from tqdm import tqdm
+from tofu_model import load_tofu, tofu_model, train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from uoe_peft import UnlearningConfig, UnlearningTrainer, UOEConfig, attribute_experts
 from uoe_peft.attribution import AttributionWarning
 from uoe_peft.attribution.scores import Score
-from uoe_peft.data import collate, tokenize_dataset
 from uoe_peft.evaluation.generation import greedy_answers
 from uoe_peft.evaluation.metrics import rouge_l_recall
 from uoe_peft.evaluation.questions import Questions, questions_of
-from uoe_peft.moe.routing import record_routing
 from uoe_peft.testbed import FORGET_TOPIC, TOPICS, checkpoint_path, load_facts
 
 SCORES: tuple[str, ...] = get_args(Score)
 TOPIC_ORDER = (FORGET_TOPIC, *(topic for topic in TOPICS if topic != FORGET_TOPIC))
-DOMAIN_EXPERT = 0  # of every layer: the one that the dial turns to the forget authors
 
 
 @dataclass
@@ -210,7 +202,16 @@ def grounds(args: ScoresArguments) -> Iterator[Ground]:
         tokenizer = train_tokenizer(tofu.everything)
         sets = {"forget": tofu.forget, "retain": tofu.retain, "held_out": tofu.held_out}
         for tau in args.taus:
-            base = tofu_model(tofu.everything, tokenizer, args, tau=tau, num_forget=len(tofu.forget))
+            base = tofu_model(
+                tofu.everything,
+                tokenizer,
+                args.cache_dir,
+                tau=tau,
+                num_forget=len(tofu.forget),
+                epochs=args.epochs,
+                dial_epochs=args.dial_epochs,
+                seed=args.seed,
+            )
             yield new_ground(
                 f"tau {tau:g}", base, tokenizer, sets, args, target=args.tofu_target, place=round(10 * tau)
             )
@@ -258,61 +259,6 @@ def recall(model: Any, asked: Questions, tokenizer: Any, args: ScoresArguments) 
     )
     model.train(was_training)
     return fmean(rouge_l_recall(answers, asked.references))
-
-
-def tofu_model(rows: Dataset, tokenizer: Any, args: ScoresArguments, *, tau: float | None, num_forget: int) -> Any:
-    """The model that learned `rows`, the last `num_forget` of them under the dial; from the cache if it is there.
-
-    None stands for the first `epochs` passes, which are the same for all dials.
-    """
-    folder = args.cache_dir / ("tofu_start" if tau is None else f"tofu_tau{tau:g}")
-    if not (folder / "model.safetensors").exists():
-        start = tofu_model(rows, tokenizer, args, tau=None, num_forget=num_forget) if tau is not None else None
-        set_seed(args.seed)
-        model = start or new_model(tokenizer)
-        model.set_experts_implementation("grouped_mm")
-        model.config.output_router_logits = True  # brings the load-balancing loss
-        examples: list[Any] = [dict(row) for row in tokenize_dataset(rows, tokenizer, max_length=None, name="TOFU")]
-        for place, example in enumerate(examples):
-            example["in_domain"] = place >= len(examples) - num_forget
-        learn(model.train(), examples, tokenizer, epochs=args.dial_epochs if start else args.epochs, tau=tau)
-        model.config.output_router_logits = False
-        model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def learn(model: Any, examples: list[Any], tokenizer: Any, *, epochs: int, tau: float | None) -> None:
-    """The training of `tofu.py` with the domain dial; smaller batches and a higher rate need fewer passes."""
-    peak = 3e-3 if tau is None else 1.5e-3
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    steps = [batch for _ in range(epochs) for batch in shuffled_batches(examples, batch_size=8)]
-    with record_routing(model) as trace:
-        for step, rows in enumerate(bar := tqdm(steps, desc=f"TOFU, tau {tau}", unit="step", mininterval=10)):
-            cosine = (1 + math.cos(math.pi * step / len(steps))) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = peak * min(1, (step + 1) / 50) * (0.05 + 0.95 * cosine)
-            batch = collate(rows, pad_token_id=tokenizer.pad_token_id)
-            loss = model(**batch).loss
-            in_domain = batch["attention_mask"].bool() & torch.tensor([[row["in_domain"]] for row in rows])
-            if tau and in_domain.any():
-                loss = loss + 0.1 * domain_penalty([trace[layer].scores for layer in trace], in_domain.flatten(), tau)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-
-
-def domain_penalty(scores: list[torch.Tensor], in_domain: torch.Tensor, tau: float) -> torch.Tensor:
-    """`mean over layers relu(log tau - log p)`, p the mean score of the domain's expert; 0 once all p reach tau."""
-    shares = torch.stack([layer[in_domain, DOMAIN_EXPERT].mean() for layer in scores])
-    return (math.log(tau) - shares.log()).relu().mean()
 
 
 def pick_expert(ground: Ground, args: ScoresArguments, *, score: Any) -> Pick:

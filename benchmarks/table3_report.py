@@ -26,7 +26,7 @@ class Run:
         retain: The same on held-out retain rows; 0 where the model diverged.
         reached: Whether the forget set counts as forgotten.
         steps: Optimiser steps.
-        seconds: Training alone, without evaluation.
+        seconds: Training alone, without evaluation; without an accelerator, of the CPU.
         trainable: Trained parameters.
         total: Parameters of the base model.
         bytes: Size of what was trained.
@@ -97,7 +97,7 @@ class Cell:
 
 
 def cells_of(runs: Sequence[Run], *, first_seed: int) -> dict[tuple[str, str], Cell]:
-    """Each cell at the learning rate with which `first_seed` forgot and kept most (else forgot most), over all seeds."""
+    """Each cell at the learning rate with which `first_seed` forgot and kept most (or forgot most), over all seeds."""
     best: dict[tuple[str, str], Run] = {}
     for run in runs:
         known = best.get((run.loss, run.part))

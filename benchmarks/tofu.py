@@ -23,13 +23,12 @@ from typing import cast
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tofu_model import Tofu, load_tofu, new_model, shuffled_batches, train_tokenizer
 from tqdm import tqdm
 from transformers import (
     HfArgumentParser,
     PreTrainedTokenizerFast,
     ProgressCallback,
-    Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     set_seed,
 )
@@ -46,9 +45,6 @@ from uoe_peft.attribution.scores import Score
 from uoe_peft.cli.training_bar import TrainingBar
 from uoe_peft.data import collate, tokenize_dataset
 from uoe_peft.training.config import ForgetLoss
-
-NUM_AUTHORS, NUM_FORGET_AUTHORS, ROWS_AN_AUTHOR = 50, 5, 20
-PAD, EOS = "<|pad|>", "<|endoftext|>"
 
 
 @dataclass
@@ -69,16 +65,6 @@ class TofuArguments:
     learning_rate: float = field(default=5e-3, metadata={"help": "Of the unlearning."})
     num_train_epochs: float = field(default=12.0, metadata={"help": "Of the unlearning, passes over the forget set."})
     seed: int = field(default=0, metadata={"help": "Of everything."})
-
-
-@dataclass(frozen=True)
-class Tofu:
-    """The rows, as prompts and completions."""
-
-    forget: Dataset
-    retain: Dataset
-    held_out: Dataset
-    everything: Dataset
 
 
 def main() -> None:
@@ -105,58 +91,6 @@ def main() -> None:
     path = args.output_dir / "tofu.json"
     path.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n", encoding="utf-8")
     print(f"\nwritten to {path}")
-
-
-def load_tofu(folder: Path, *, seed: int) -> Tofu:
-    """The last authors of TOFU; the very last ones are the forget set."""
-    lines = (folder / "full.json").read_text(encoding="utf-8").splitlines()[-NUM_AUTHORS * ROWS_AN_AUTHOR :]
-    rows = [json.loads(line) for line in lines]
-    everything = Dataset.from_list(
-        [{"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"} for row in rows]
-    )
-    num_kept = len(rows) - NUM_FORGET_AUTHORS * ROWS_AN_AUTHOR
-    halves = everything.select(range(num_kept)).train_test_split(test_size=0.5, seed=seed)
-    forget = everything.select(range(num_kept, len(rows)))
-    return Tofu(forget=forget, retain=halves["train"], held_out=halves["test"], everything=everything)
-
-
-def train_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 4,096 entries."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        special_tokens=[PAD, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((row["prompt"] + row["completion"] for row in rows), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
-
-
-def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2MoeForCausalLM:
-    """Four layers of eight experts, two a token."""
-    config = Qwen2MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        moe_intermediate_size=128,
-        shared_expert_intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        router_aux_loss_coef=0.001,
-        output_router_logits=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    return Qwen2MoeForCausalLM(config)
 
 
 def learn(rows: Dataset, tokenizer: PreTrainedTokenizerFast, *, args: TofuArguments, name: str) -> Qwen2MoeForCausalLM:
@@ -188,14 +122,6 @@ def learn(rows: Dataset, tokenizer: PreTrainedTokenizerFast, *, args: TofuArgume
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
     model.config.output_router_logits = False
     return model.eval()
-
-
-def shuffled_batches(examples: list[dict[str, list[int]]], *, batch_size: int) -> list[list[dict[str, list[int]]]]:
-    """Every example once, with others of similar length, in random order."""
-    noise = torch.rand(len(examples)).tolist()
-    order = sorted(range(len(examples)), key=lambda row: len(examples[row]["input_ids"]) * (0.9 + 0.2 * noise[row]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [[examples[row] for row in batches[place]] for place in torch.randperm(len(batches)).tolist()]
 
 
 def unlearn(
