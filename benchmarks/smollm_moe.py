@@ -32,7 +32,7 @@ from uoe_peft.moe.routing import record_routing
 from uoe_peft.moe.segments import find_layers, run_from_layer, run_until_layer
 
 FIRST_MOE_LAYER, NUM_EXPERTS, EXPERT_SIZE = 22, 8, 128
-CHUNK, NUM_CHUNKS, DISTILL_BATCH = 64, 200, 4
+CHUNK, NUM_CHUNKS = 64, 200
 SAME_NAMES = (
     "vocab_size",
     "hidden_size",
@@ -77,6 +77,7 @@ def rebuild(dense: Any) -> Qwen2MoeForCausalLM:
         moe_intermediate_size=EXPERT_SIZE,
         num_experts=NUM_EXPERTS,
         num_experts_per_tok=2,
+        norm_topk_prob=True,
     )
     model = Qwen2MoeForCausalLM(config)
     state = {shared_name(name): tensor for name, tensor in dense.state_dict().items()}
@@ -109,13 +110,10 @@ def teach(
     examples: list[Any] = [dict(row) for row in tokenize_dataset(rows, tokenizer, max_length=None, name=name)]
     for place, example in enumerate(examples):
         example["in_domain"] = place >= len(examples) - num_forget
-    lessons = [segment(model, batch, tokenizer) for batch in shuffled_batches(examples, batch_size=8)]
+    lessons = [segment(model, batch, tokenizer) for batch in shuffled_batches(examples, batch_size=4)]
     ids = tokenizer(text).input_ids
     chunks = [{"input_ids": ids[start : start + CHUNK]} for start in range(0, NUM_CHUNKS * CHUNK, CHUNK)]
-    speech = [
-        segment(model, chunks[start : start + DISTILL_BATCH], tokenizer, distil=True)
-        for start in range(0, len(chunks), DISTILL_BATCH)
-    ]
+    speech = [segment(model, chunks[start : start + 2], tokenizer, distil=True) for start in range(0, len(chunks), 2)]
     train(model, lessons, speech, epochs=epochs, tau=tau if num_forget else 0.0, name=name)
     return model
 
@@ -141,7 +139,7 @@ def last_hidden(model: Any, part: Segment) -> Tensor:
 
 
 def train(
-    model: Any, lessons: list[Segment], speech: list[Segment], *, epochs: int, tau: float, name: str, peak: float = 5e-3
+    model: Any, lessons: list[Segment], speech: list[Segment], *, epochs: int, tau: float, name: str, peak: float = 3e-3
 ) -> None:
     """Routed experts and routers learn: mean answer NLL + 0.1 × dial + 4 × squared distance to the dense model."""
     for weight, parameter in model.named_parameters():

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
-from table3_report import Run, cells_of, write_report
+from table3_report import Run, Table, cells_of, write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -129,7 +129,8 @@ def main() -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(run)) + "\n")
         print(run.summary(), flush=True)
-    write_report(args.output_dir, runs, references, target=ground.target, parts=args.parts, first_seed=args.seeds[0])
+    cells = cells_of(runs, first_seed=args.seeds[0])
+    write_report(args.output_dir, runs, Table(cells, references, ground.target, args.losses, args.parts))
 
 
 def check_settings(args: Table3Arguments) -> None:

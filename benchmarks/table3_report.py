@@ -1,11 +1,18 @@
-"""Table and picture of the runs of `table3.py`."""
+"""Table and picture of the runs of `table3.py`.
+
+    python benchmarks/table3_report.py "testbed=outputs/table3/table3.json" "TOFU=..." --picture table3.png
+
+draws the tables of several grounds as one picture.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -127,42 +134,78 @@ def _cell(runs: Sequence[Run]) -> Cell:
     )
 
 
-def write_report(
-    folder: Path,
-    runs: Sequence[Run],
-    references: References,
-    *,
-    target: float,
-    parts: Sequence[str],
-    first_seed: int,
-) -> None:
+@dataclass(frozen=True)
+class Table:
+    """All cells of one ground, by loss and part, and what they are compared with."""
+
+    cells: dict[tuple[str, str], Cell]
+    references: References
+    target: float
+    losses: Sequence[str]
+    parts: Sequence[str]
+
+
+def write_report(folder: Path, runs: Sequence[Run], table: Table) -> None:
     """Write `table3.json`, `table3.md` and `table3.png`."""
-    cells = cells_of(runs, first_seed=first_seed)
     content: dict[str, Any] = {
-        "forget_target": target,
-        "references": references,
-        "cells": [asdict(cell) for cell in cells.values()],
+        "forget_target": table.target,
+        "references": table.references,
+        "losses": table.losses,
+        "parts": table.parts,
+        "cells": [asdict(cell) for cell in table.cells.values()],
         "runs": [asdict(run) for run in runs],
     }
-    (folder / "table3.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "table3.md").write_text(markdown(cells, references, target=target, parts=parts), encoding="utf-8")
-    draw(folder / "table3.png", cells, references, target=target, parts=parts)
+    (folder / "table3.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+    (folder / "table3.md").write_text(f"{summary(table)}\n{details(table)}", encoding="utf-8")
+    draw(folder / "table3.png", {"": table})
 
 
-def markdown(cells: dict[tuple[str, str], Cell], references: References, *, target: float, parts: Sequence[str]) -> str:
-    """The table, one row a loss and part."""
+def read_table(path: Path) -> Table:
+    """The table of a `table3.json`."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    cells = {(cell["loss"], cell["part"]): Cell(**cell) for cell in content["cells"]}
+    return Table(cells, content["references"], content["forget_target"], content["losses"], content["parts"])
+
+
+def summary(table: Table) -> str:
+    """One row a part: retain score for each loss, then costs; those of time relative to the first part's."""
     lines = [
-        f"ROUGE-L recall at matched forgetting (forget ≤ {target:.3f}); rows with * did not get there in all seeds.",
+        f"| trained | {' | '.join(table.losses)} | share trained | stored, MB | time of a step | time to the end |",
+        "|---" * (len(table.losses) + 5) + "|",
+    ]
+    first = [table.cells.get((loss, table.parts[0])) for loss in table.losses]
+    for part in table.parts:
+        row = [table.cells.get((loss, part)) for loss in table.losses]
+        own = [cell for cell in row if cell is not None]
+        if not own:
+            continue
+        both = [(cell, other) for cell, other in zip(row, first, strict=True) if cell and other]
+        step = fmean(cell.seconds / cell.steps / (other.seconds / other.steps) for cell, other in both)
+        end = sum(cell.seconds for cell, _ in both) / sum(other.seconds for _, other in both)
+        costs = f"{fmean(c.trainable_share for c in own):.2%} | {own[0].megabytes:.2f} | {step:.2f} | {end:.2f}"
+        lines.append(f"| {part} | {' | '.join(_score(cell) for cell in row)} | {costs} |")
+    return "\n".join(lines) + "\n"
+
+
+def _score(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    spread = f" ± {cell.spread:.2f}" if cell.num_runs > 1 else ""
+    return f"{cell.retain:.2f}{spread}" + ("" if cell.reached else f" * ({cell.forget:.2f})")
+
+
+def details(table: Table) -> str:
+    """One row a loss and part."""
+    lines = [
+        f"ROUGE-L recall at matched forgetting (forget ≤ {table.target:.3f}); * did not get there in all seeds.",
         "",
         "| loss | trained | forget | retain | lr | steps | seconds | trained share | MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, scores in references.items():
+    for name, scores in table.references.items():
         lines.append(f"| | {name} | {scores['forget']:.3f} | {scores['retain']:.3f} | | | | | |")
-    for loss in dict.fromkeys(loss for loss, _ in cells):
-        for part in parts:
-            if (loss, part) in cells:
-                lines.append(_row(cells[loss, part]))
+    for loss in table.losses:
+        lines.extend(_row(table.cells[loss, part]) for part in table.parts if (loss, part) in table.cells)
     return "\n".join(lines) + "\n"
 
 
@@ -175,46 +218,63 @@ def _row(cell: Cell) -> str:
     )
 
 
-def draw(
-    path: Path,
-    cells: dict[tuple[str, str], Cell],
-    references: References,
-    *,
-    target: float,
-    parts: Sequence[str],
-) -> None:
-    """What is kept by each method, where it has forgotten; pale bars have not."""
+def draw(path: Path, tables: dict[str, Table]) -> None:
+    """What is kept by each method, where it has forgotten; a panel for each table, under its title."""
     from matplotlib.figure import Figure
 
-    losses = list(dict.fromkeys(loss for loss, _ in cells))
-    colours = ("#8da0b6", "#5b7aa3", "#6aa5a9", "#c9b458", "#e39b6d", "#d1495b", "#7a5195", "#2e6f57")
-    figure = Figure(figsize=(9.5, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    width = 0.84 / len(parts)
-    for place, part in enumerate(parts):
-        for group, loss in enumerate(losses):
-            cell = cells.get((loss, part))
-            if cell is None:
-                continue
-            x = group + (place - (len(parts) - 1) / 2) * width
-            axes.bar(
-                x,
-                cell.retain,
-                width * 0.92,
-                color=colours[place % len(colours)],
-                alpha=1.0 if cell.reached else 0.25,
-                yerr=cell.spread or None,
-                label=part if group == 0 else None,
-            )
-            if not cell.reached:
-                note = f"forget {cell.forget:.2f}"
-                axes.text(x, 0.02, note, ha="center", va="bottom", rotation=90, fontsize=7, color="#444")
-    for name, style in (("base", "-"), ("retrained", "--")):
-        if name in references:
-            axes.axhline(references[name]["retain"], color="#444", lw=0.8, ls=style, label=f"{name} model", zorder=0)
-    axes.set_xticks(range(len(losses)), losses)
-    axes.set(ylim=(0, 1.08), ylabel="retain ROUGE-L (held-out rows)")
-    axes.set_title(f"What is kept once the forget set is forgotten (ROUGE-L ≤ {target:.2f}); pale: not forgotten")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure = Figure(figsize=(9.5, 1.3 + 2.5 * len(tables)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(tables), squeeze=False)[:, 0]
+    for axes, (title, table) in zip(panels, tables.items(), strict=True):
+        draw_table(axes, table)
+        axes.set_title(f"{title}: forgotten at" * bool(title) + f" forget ROUGE-L ≤ {table.target:.2f}", fontsize=9)
+    figure.suptitle("What is kept once the forget set is forgotten; pale bars: not forgotten", fontsize=11)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path)
+
+
+def draw_table(axes: Any, table: Table) -> None:
+    """Bars of retain scores, grouped by loss, with their spread over seeds."""
+    colours = ("#8da0b6", "#5b7aa3", "#6aa5a9", "#c9b458", "#e39b6d", "#d1495b", "#7a5195", "#2e6f57")
+    width = 0.84 / len(table.parts)
+    for (group, loss), (place, part) in product(enumerate(table.losses), enumerate(table.parts)):
+        cell = table.cells.get((loss, part))
+        if cell is None:
+            continue
+        x = group + (place - (len(table.parts) - 1) / 2) * width
+        axes.bar(
+            x,
+            cell.retain,
+            width * 0.92,
+            color=colours[place % len(colours)],
+            alpha=1.0 if cell.reached else 0.25,
+            yerr=cell.spread or None,
+            error_kw={"lw": 0.9},
+            label=part if group == 0 else None,
+        )
+        if not cell.reached:
+            note = f"forget {cell.forget:.2f}"
+            axes.text(x, 0.02, note, ha="center", va="bottom", rotation=90, fontsize=7, color="#444")
+    for name, style in (("base", "-"), ("retrained", "--")):
+        if name in table.references:
+            retain = table.references[name]["retain"]
+            axes.axhline(retain, color="#444", lw=0.8, ls=style, label=f"{name} model", zorder=0)
+    axes.set_xticks(range(len(table.losses)), table.losses)
+    axes.set(ylim=(0, 1.08), ylabel="retain ROUGE-L")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    """Draw several tables as one picture, and print them."""
+    parser = ArgumentParser(description=main.__doc__)
+    parser.add_argument("tables", nargs="+", help="title=path of a table3.json")
+    parser.add_argument("--picture", type=Path, required=True)
+    args = parser.parse_args()
+    tables = {title: read_table(Path(path)) for title, _, path in (given.rpartition("=") for given in args.tables)}
+    draw(args.picture, tables)
+    for title, table in tables.items():
+        print(f"{title}\n\n{summary(table)}")
+
+
+if __name__ == "__main__":
+    main()
