@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from tests.families import SUPPORTED, build, token_ids
 from uoe_peft.moe import find_moe_blocks
 from uoe_peft.moe.segments import relative_difference, stops_exactly
-from uoe_peft.training.forward import head_is_exact
-from uoe_peft.training.prefix_cache import PrefixSource, prefix_cache
-from uoe_peft.training.prefix_store import PrefixCacheUnavailable
+from uoe_peft.training.objective.forward import head_is_exact
+from uoe_peft.training.reuse.prefix_cache import PrefixSource, prefix_cache
+from uoe_peft.training.reuse.store import PrefixCacheUnavailable
 
 PAGE = Path(__file__).parents[1] / "docs" / "segments.md"
 

@@ -30,10 +30,10 @@ from uoe_peft.data import Batch
 from uoe_peft.losses import answer_positions, control_direction, embed_diff_loss, rmu_loss
 from uoe_peft.moe.segments import find_layers, run_from_layer, run_until_layer
 from uoe_peft.training import UnlearningConfig
-from uoe_peft.training.objective import Objective
-from uoe_peft.training.prefix_cache import PrefixCache, PrefixSource, prefix_cache
-from uoe_peft.training.reference import Reference
-from uoe_peft.training.shortcuts import take_shortcuts
+from uoe_peft.training.objective.objective import Objective
+from uoe_peft.training.objective.reference import Reference
+from uoe_peft.training.reuse.prefix_cache import PrefixCache, PrefixSource, prefix_cache
+from uoe_peft.training.reuse.shortcuts import take_shortcuts
 from uoe_peft.tuner import UOEConfig
 
 Method = Literal[

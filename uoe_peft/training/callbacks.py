@@ -10,8 +10,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from uoe_peft.data import PairedDataset
-from uoe_peft.training.curvature import Estimates
-from uoe_peft.training.sophia import Sophia
+from uoe_peft.training.optim.curvature import Estimates
+from uoe_peft.training.optim.sophia import Sophia
 
 logger = logging.getLogger(__name__)
 

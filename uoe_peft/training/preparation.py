@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, s
 from uoe_peft.data import PairedDataset, tokenize_dataset, tokenize_with_alternatives
 from uoe_peft.data.tokenization import ProcessingClass, materialise
 from uoe_peft.training.config import UnlearningConfig
-from uoe_peft.training.offload import check_can_leave
+from uoe_peft.training.reuse.offload import check_can_leave
 from uoe_peft.training.targets import Targets, find_targets
 
 logger = logging.getLogger(__name__)

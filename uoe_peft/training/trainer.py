@@ -31,21 +31,13 @@ from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, Of
 from uoe_peft.training.checkpoint import load_full_checkpoint
 from uoe_peft.training.collator import UnlearningCollator
 from uoe_peft.training.config import UnlearningConfig
-from uoe_peft.training.curvature import Estimates, estimate_curvature
-from uoe_peft.training.forward import decoder_layer
-from uoe_peft.training.masks import KeepMasked, Masks, weight_attribution_mask
 from uoe_peft.training.model_card import PAPER, add_loading_section
-from uoe_peft.training.objective import Denominators, Objective, Step
-from uoe_peft.training.offload import layers_away, naming_rows
-from uoe_peft.training.prefix_cache import PrefixCache, PrefixSource, edited_layers, prefix_cache, trained_beside
-from uoe_peft.training.prefix_choice import (
-    cache_or_none,
-    indices_in_training,
-    reference_folder,
-    rows_in_training,
-    state_folder,
-)
-from uoe_peft.training.prefix_store import PrefixCacheUnavailable, StateFolder
+from uoe_peft.training.objective.forward import decoder_layer
+from uoe_peft.training.objective.objective import Denominators, Objective, Step
+from uoe_peft.training.objective.reference import Reference
+from uoe_peft.training.optim.curvature import Estimates, estimate_curvature
+from uoe_peft.training.optim.masks import KeepMasked, Masks, weight_attribution_mask
+from uoe_peft.training.optim.sophia import sophia_and_options
 from uoe_peft.training.preparation import (
     check_model,
     check_sets,
@@ -55,12 +47,20 @@ from uoe_peft.training.preparation import (
     prepare_set,
     say_what_is_off,
 )
-from uoe_peft.training.reference import Reference
-from uoe_peft.training.reference_store import keep_reference
+from uoe_peft.training.reuse.choice import (
+    cache_or_none,
+    indices_in_training,
+    reference_folder,
+    rows_in_training,
+    state_folder,
+)
+from uoe_peft.training.reuse.offload import layers_away, naming_rows
+from uoe_peft.training.reuse.prefix_cache import PrefixCache, PrefixSource, edited_layers, prefix_cache, trained_beside
+from uoe_peft.training.reuse.reference_store import keep_reference
+from uoe_peft.training.reuse.shortcuts import take_shortcuts
+from uoe_peft.training.reuse.store import PrefixCacheUnavailable, StateFolder
+from uoe_peft.training.reuse.store_key import base_weights, weights_key
 from uoe_peft.training.routing_shift import selection_overlap
-from uoe_peft.training.shortcuts import take_shortcuts
-from uoe_peft.training.sophia import sophia_and_options
-from uoe_peft.training.store_key import base_weights, weights_key
 from uoe_peft.training.targets import active_configs, find_targets, resolve_auto
 from uoe_peft.tuner import UOEConfig
 

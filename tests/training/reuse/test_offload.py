@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 from uoe_peft.moe import find_moe_blocks
 from uoe_peft.training import UnlearningConfig, offload, prefix_store
-from uoe_peft.training.offload import LayersAway, layers_away, weights_below
-from uoe_peft.training.prefix_store import PrefixCacheUnavailable
+from uoe_peft.training.reuse.offload import LayersAway, layers_away, weights_below
+from uoe_peft.training.reuse.store import PrefixCacheUnavailable
 
 EPOCHS = {"max_steps": -1, "num_train_epochs": 2}
 NEW = Dataset.from_dict({"prompt": ["what is new? "], "completion": ["nothing"]})

@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 
 from uoe_peft.data import collate
 from uoe_peft.errors import UnsupportedModelError
-from uoe_peft.training.forward import decoder_layer, forward_answers, head_is_exact
+from uoe_peft.training.objective.forward import decoder_layer, forward_answers, head_is_exact
 
 BATCH = collate(
     [
@@ -30,7 +30,7 @@ def test_answers_are_read_where_they_are_predicted(model, logits):
 
 def test_a_model_that_computes_all_logits_gives_the_same(model, monkeypatch):
     expected = forward_answers(model, BATCH)
-    monkeypatch.setattr("uoe_peft.training.forward._accepts_logits_to_keep", lambda _: False)
+    monkeypatch.setattr("uoe_peft.training.objective.forward._accepts_logits_to_keep", lambda _: False)
     torch.testing.assert_close(forward_answers(model, BATCH).logits, expected.logits)
 
 

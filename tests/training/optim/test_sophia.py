@@ -10,8 +10,8 @@ from transformers import HfArgumentParser
 from transformers.training_args import OptimizerNames
 
 from uoe_peft.training import UnlearningConfig
-from uoe_peft.training.curvature import gauss_newton_bartlett, hutchinson
-from uoe_peft.training.sophia import Sophia, sophia_and_options
+from uoe_peft.training.optim.curvature import gauss_newton_bartlett, hutchinson
+from uoe_peft.training.optim.sophia import Sophia, sophia_and_options
 
 
 def weights(*values, dtype=torch.float32):

@@ -31,8 +31,8 @@ from uoe_peft.moe.segments import (
     run_until_layer,
     tolerance,
 )
-from uoe_peft.training.forward import evaluation_mode
-from uoe_peft.training.prefix_store import (
+from uoe_peft.training.objective.forward import evaluation_mode
+from uoe_peft.training.reuse.store import (
     NothingToCache,
     PrefixCacheUnavailable,
     StateFolder,
@@ -41,7 +41,7 @@ from uoe_peft.training.prefix_store import (
     sequence_digest,
     write_store,
 )
-from uoe_peft.training.store_key import all_weights, store_key, weights_key
+from uoe_peft.training.reuse.store_key import all_weights, store_key, weights_key
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from uoe_peft.training import shortcuts
 from uoe_peft.training.config import ForgetLoss
+from uoe_peft.training.reuse import shortcuts
 
 RMU = {"forget_loss": "rmu", "retain_loss": "embed_diff"}
 VOCAB = 97

@@ -12,11 +12,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
 
-from uoe_peft.training import reference_store
-from uoe_peft.training.prefix_store import PrefixCacheUnavailable, StateFolder, StateStore, open_store
-from uoe_peft.training.reference import Reference
-from uoe_peft.training.reference_store import example_digest, keep_reference
-from uoe_peft.training.store_key import base_weights, weights_key
+from uoe_peft.training.objective.reference import Reference
+from uoe_peft.training.reuse import reference_store
+from uoe_peft.training.reuse.reference_store import example_digest, keep_reference
+from uoe_peft.training.reuse.store import PrefixCacheUnavailable, StateFolder, StateStore, open_store
+from uoe_peft.training.reuse.store_key import base_weights, weights_key
 
 HIDDEN = {"forget_loss": "rmu", "retain_loss": "embed_diff", "rmu_layer": 1}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 3}

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from uoe_peft.data import collate
-from uoe_peft.training.masks import edited_weights, weight_attribution_mask
+from uoe_peft.training.optim.masks import edited_weights, weight_attribution_mask
 
 FORGET = collate([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}], pad_token_id=0)
 RETAIN = collate([{"input_ids": [15, 16, 17], "labels": [-100, 16, 17]}], pad_token_id=0)

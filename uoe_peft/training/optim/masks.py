@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from uoe_peft.data import Batch
-from uoe_peft.training.forward import forward_answers
+from uoe_peft.training.objective.forward import forward_answers
 from uoe_peft.tuner import UOELayer
 
 Masks = dict[str, Tensor]

@@ -21,10 +21,10 @@ from tests.families import SUPPORTED
 from tests.families import build as build_family
 from uoe_peft.data import PairedDataset, collate
 from uoe_peft.moe import find_moe_blocks
-from uoe_peft.training import prefix_store
-from uoe_peft.training.prefix_cache import PrefixSource, cache_key, lowest_edited_layer, prefix_cache
-from uoe_peft.training.prefix_choice import rows_in_training
-from uoe_peft.training.prefix_store import (
+from uoe_peft.training.reuse import store as prefix_store
+from uoe_peft.training.reuse.choice import rows_in_training
+from uoe_peft.training.reuse.prefix_cache import PrefixSource, cache_key, lowest_edited_layer, prefix_cache
+from uoe_peft.training.reuse.store import (
     NothingToCache,
     PrefixCacheUnavailable,
     StateFolder,
@@ -376,7 +376,7 @@ def test_what_a_killed_process_left_is_discarded(tmp_path) -> None:
     code = f"""
 import os, signal, torch
 from pathlib import Path
-from uoe_peft.training.prefix_store import write_store
+from uoe_peft.training.reuse.store import write_store
 def sequences():
     yield "a", torch.zeros(2, 3)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -22,7 +22,7 @@ from uoe_peft.losses import answer_lengths, answer_positions, answer_targets, se
 from uoe_peft.losses.answers import SequenceReduction
 from uoe_peft.moe.lm_head import apply_lm_head, find_lm_head, no_logits, record_decoder_output
 from uoe_peft.moe.segments import find_layers, stop_after_layer
-from uoe_peft.training.logits import AnswerLogits
+from uoe_peft.training.objective.logits import AnswerLogits
 
 _TOKENS_TO_TRY = 8
 

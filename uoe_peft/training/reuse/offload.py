@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from uoe_peft.data import Batch
 from uoe_peft.moe.segments import find_layers
-from uoe_peft.training.prefix_cache import PrefixCache
-from uoe_peft.training.prefix_store import check_room, map_file, raw_bytes
+from uoe_peft.training.reuse.prefix_cache import PrefixCache
+from uoe_peft.training.reuse.store import check_room, map_file, raw_bytes
 
 logger = logging.getLogger(__name__)
 

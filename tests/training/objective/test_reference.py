@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from uoe_peft.data import collate_groups
-from uoe_peft.training.forward import forward_answers
-from uoe_peft.training.reference import Reference
+from uoe_peft.training.objective.forward import forward_answers
+from uoe_peft.training.objective.reference import Reference
 
 ROWS = [
     {"forget": {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "index": 3}},

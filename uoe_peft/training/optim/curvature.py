@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from uoe_peft import losses
 from uoe_peft.data import Batch
 from uoe_peft.moe.routing import RoutingTrace
-from uoe_peft.training.forward import forward_answers
-from uoe_peft.training.objective import Objective
+from uoe_peft.training.objective.forward import forward_answers
+from uoe_peft.training.objective.objective import Objective
 
 Estimates = dict[nn.Parameter, Tensor]
 

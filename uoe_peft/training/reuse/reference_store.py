@@ -12,9 +12,9 @@ from torch import Tensor
 
 from uoe_peft.data import Batch
 from uoe_peft.losses import answer_positions
-from uoe_peft.training.prefix_store import StateFolder, StateStore, open_store, sequence_digest, write_store
-from uoe_peft.training.reference import Need, Reference
-from uoe_peft.training.store_key import store_key
+from uoe_peft.training.objective.reference import Need, Reference
+from uoe_peft.training.reuse.store import StateFolder, StateStore, open_store, sequence_digest, write_store
+from uoe_peft.training.reuse.store_key import store_key
 
 logger = logging.getLogger(__name__)
 

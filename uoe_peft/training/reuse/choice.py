@@ -16,8 +16,8 @@ from accelerate.utils import gather_object
 from uoe_peft.data import PairedDataset
 from uoe_peft.data.pairing import retain_index
 from uoe_peft.training.config import UnlearningConfig
-from uoe_peft.training.prefix_cache import PrefixCache, temporary_folder
-from uoe_peft.training.prefix_store import NothingToCache, PrefixCacheUnavailable, StateFolder
+from uoe_peft.training.reuse.prefix_cache import PrefixCache, temporary_folder
+from uoe_peft.training.reuse.store import NothingToCache, PrefixCacheUnavailable, StateFolder
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from uoe_peft.training.logits import AnswerLogits
+from uoe_peft.training.objective.logits import AnswerLogits
 
 N, H, V = 11, 5, 13
 

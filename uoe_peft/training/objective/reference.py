@@ -2,8 +2,8 @@
 
 A base model that is not trained says the same of an example in every epoch, so likelihoods are computed
 once, before the first step, in a fixed order: resuming then sees the very same numbers. Hidden states are larger:
-they are computed before where they can be kept on disk, see :mod:`uoe_peft.training.reference_store`. A model that
-is trained in full has no base model left once training has begun; what is needed is computed before.
+they are computed before where they can be kept on disk, see :mod:`uoe_peft.training.reuse.reference_store`. A
+model that is trained in full has no base model left once training has begun; what is needed is computed before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from uoe_peft.data import Batch
 from uoe_peft.losses import answer_positions
-from uoe_peft.training.forward import AnswerOutputs, evaluation_mode, forward_answers
+from uoe_peft.training.objective.forward import AnswerOutputs, evaluation_mode, forward_answers
 
 Need = Literal["nll", "hidden"]
 """What is asked of the base model: likelihoods of answers, or hidden states."""

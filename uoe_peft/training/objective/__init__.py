@@ -1,0 +1,1 @@
+"""What an optimiser step computes: forward passes, losses, the reference, the anchor."""

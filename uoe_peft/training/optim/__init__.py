@@ -1,0 +1,1 @@
+"""Optimisers and masks of the unlearning literature."""
