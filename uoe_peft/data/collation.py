@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from uoe_peft.data.answers import IGNORE_INDEX
+from uoe_peft.losses import IGNORE_INDEX
 
 Batch = dict[str, Tensor]
 
@@ -95,3 +96,21 @@ def collate_groups(
         for name in ("index", "seed") if "seed" in examples[0] else ("index",):
             batches[role][name] = torch.tensor([example[name] for example in examples])
     return batches
+
+
+@dataclass(frozen=True)
+class UnlearningCollator:
+    """Pads paired rows (training) role by role, and plain rows (evaluation) as they are.
+
+    Attributes:
+        pad_token_id: Token id that fills short rows.
+        pad_to_multiple_of: Round a batch's length up to a multiple of this.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch | dict[str, Batch]:
+        """A batch for each role of paired rows, or one batch of plain rows."""
+        collating = collate if "input_ids" in rows[0] else collate_groups
+        return collating(rows, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from uoe_peft.data.answers import encode_row, num_predicted
+from uoe_peft.data.encoding import encode_row, num_predicted
 
 logger = logging.getLogger(__name__)
 

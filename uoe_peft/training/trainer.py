@@ -20,16 +20,14 @@ from transformers.trainer_utils import PredictionOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from uoe_peft.data import Batch, PairedDataset
-from uoe_peft.losses import answer_positions, control_direction
-from uoe_peft.losses.answers import IGNORED_LABEL
+from uoe_peft.data import Batch, PairedDataset, UnlearningCollator
+from uoe_peft.losses import IGNORE_INDEX, answer_positions, control_direction
 from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.routing import RoutingTrace, record_routing
 from uoe_peft.moe.segments import find_layers
 from uoe_peft.training.balance import forget_retain_balance
 from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, OffloadPrefix, StopWhenForgotten
 from uoe_peft.training.checkpoint import load_full_checkpoint
-from uoe_peft.training.collator import UnlearningCollator
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.model_card import PAPER, add_loading_section
 from uoe_peft.training.objective.forward import decoder_layer
@@ -38,15 +36,6 @@ from uoe_peft.training.objective.reference import Reference
 from uoe_peft.training.optim.curvature import Estimates, estimate_curvature
 from uoe_peft.training.optim.masks import KeepMasked, Masks, weight_attribution_mask
 from uoe_peft.training.optim.sophia import sophia_and_options
-from uoe_peft.training.preparation import (
-    check_model,
-    check_sets,
-    load_model,
-    load_tokenizer,
-    pair_sets,
-    prepare_set,
-    say_what_is_off,
-)
 from uoe_peft.training.reuse.choice import (
     cache_or_none,
     indices_in_training,
@@ -61,7 +50,18 @@ from uoe_peft.training.reuse.shortcuts import take_shortcuts
 from uoe_peft.training.reuse.store import PrefixCacheUnavailable, StateFolder
 from uoe_peft.training.reuse.store_key import base_weights, weights_key
 from uoe_peft.training.routing_shift import selection_overlap
-from uoe_peft.training.targets import active_configs, find_targets, resolve_auto
+from uoe_peft.training.setup import (
+    active_configs,
+    check_model,
+    check_sets,
+    find_targets,
+    load_model,
+    load_tokenizer,
+    pair_sets,
+    prepare_set,
+    resolve_auto,
+    say_what_is_off,
+)
 from uoe_peft.tuner import UOEConfig
 
 logger = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ class UnlearningTrainer(SFTTrainer):
 
     def _take_shortcuts(self) -> None:
         longest = max(
-            sum(label != IGNORED_LABEL for label in labels)
+            sum(label != IGNORE_INDEX for label in labels)
             for rows in self.train_dataset.sets.values()
             for labels in rows["labels"]
         )

@@ -22,7 +22,7 @@ from uoe_peft.training.objective.objective import Objective
 from uoe_peft.training.objective.reference import Reference
 from uoe_peft.training.reuse.prefix_cache import PrefixSource, prefix_cache
 from uoe_peft.training.reuse.store import StateFolder
-from uoe_peft.training.targets import find_targets
+from uoe_peft.training.setup import find_targets
 from uoe_peft.tuner import UOEConfig
 
 # Softmax and sigmoid routers, shared experts, dense first layers, hybrids with convolutions and state spaces, chunked

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -12,11 +14,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
+from uoe_peft.attribution import attribute_experts
 from uoe_peft.data import PairedDataset, tokenize_dataset, tokenize_with_alternatives
 from uoe_peft.data.tokenization import ProcessingClass, materialise
 from uoe_peft.training.config import UnlearningConfig
+from uoe_peft.training.objective.anchor import Targets
 from uoe_peft.training.reuse.offload import check_can_leave
-from uoe_peft.training.targets import Targets, find_targets
+from uoe_peft.tuner import UOEConfig
 
 logger = logging.getLogger(__name__)
 
@@ -194,3 +198,59 @@ def say_what_is_off(args: UnlearningConfig, targets: Targets) -> None:
                 "whole batch; one process and gradient_accumulation_steps=1 give that",
                 *(option, parts),
             )
+
+
+def find_targets(model: nn.Module) -> Targets:
+    """Target experts of the model's active UOE adapters; empty where there is none."""
+    targets: defaultdict[int, set[int]] = defaultdict(set)
+    for config in active_configs(model):
+        for layer_idx, expert_idx in config.target_experts:
+            targets[layer_idx].add(expert_idx)
+    return {layer_idx: sorted(targets[layer_idx]) for layer_idx in sorted(targets)}
+
+
+def active_configs(model: nn.Module) -> list[UOEConfig]:
+    """Configs of the model's active UOE adapters."""
+    if not isinstance(model, PeftModel):
+        return []
+    configs = [model.peft_config[name] for name in model.active_adapters]
+    return [config for config in configs if isinstance(config, UOEConfig)]
+
+
+def resolve_auto(
+    config: UOEConfig,
+    model: nn.Module,
+    forget_dataset: Any,
+    processing_class: Any,
+    *,
+    retain_dataset: Any,
+    args: UnlearningConfig,
+) -> UOEConfig:
+    """A copy of the config with `target_experts="auto"` replaced by what attribution finds on the forget set.
+
+    Raises:
+        ValueError: The model has an adapter already, or `attribution_score="contrast"` without a retain set.
+        UnsupportedModelError: The model has no routed experts.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"the model has the adapters {sorted(model.peft_config)} already; pass it without peft_config to train "
+            "them, or pass the base model, model.unload()"
+        )
+    attribution = attribute_experts(
+        model,
+        forget_dataset,
+        processing_class=processing_class,
+        score=args.attribution_score,
+        gate=args.attribution_gate,
+        retain_dataset=retain_dataset,
+        batch_size=args.per_device_train_batch_size,
+        max_length=args.max_length,
+        seed=args.seed,
+        show_progress=not args.disable_tqdm,
+    )
+    resolved = copy(config)
+    resolved.target_experts = sorted(attribution.top(args.num_target_experts))
+    resolved.attribution = attribution.metadata()
+    logger.info('target_experts="auto" is %s\n%s', resolved.target_experts, attribution.summary())
+    return resolved

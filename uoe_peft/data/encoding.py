@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100
-"""Label of a token that is not part of an answer: prompt, padding. It never counts."""
+from uoe_peft.losses import IGNORE_INDEX
 
 
 def encode_row(
