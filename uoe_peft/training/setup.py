@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable
-from copy import copy
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -14,13 +12,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
-from uoe_peft.attribution import attribute_experts
 from uoe_peft.data import PairedDataset, tokenize_dataset, tokenize_with_alternatives
 from uoe_peft.data.tokenization import ProcessingClass, materialise
 from uoe_peft.training.config import UnlearningConfig
-from uoe_peft.training.objective.anchor import Targets
+from uoe_peft.training.objective.anchor import Targets, find_targets
 from uoe_peft.training.reuse.offload import check_can_leave
-from uoe_peft.tuner import UOEConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +42,30 @@ def check_sets(args: UnlearningConfig, forget: Any, retain: Any) -> None:
         )
 
 
+def check_arguments(args: UnlearningConfig, given: Mapping[str, Any]) -> None:
+    """Refuse what `SFTTrainer` takes and unlearning would not use.
+
+    Args:
+        args: `dataset_kwargs` is looked at.
+        given: Further arguments of the trainer.
+
+    Raises:
+        ValueError: One of them is there.
+    """
+    instead = {
+        "data_collator": "rows are padded role by role; set pad_to_multiple_of or pad_token instead",
+        "compute_loss_func": "the loss is what forget_loss and retain_loss name",
+    }
+    for name, advice in instead.items():
+        if given.get(name) is not None:
+            raise ValueError(f"{name} is not used in unlearning: {advice}")
+    if cast(dict[str, Any], args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        raise ValueError(
+            "dataset_kwargs={'skip_prepare_dataset': True} is not used in unlearning; sets with the columns "
+            "'input_ids' and 'labels' are taken as they are, but for truncation to max_length"
+        )
+
+
 def prepare_set(
     dataset: Dataset | IterableDataset,
     processing_class: ProcessingClass,
@@ -55,9 +75,15 @@ def prepare_set(
     formatting_func: Callable[..., Any] | None = None,
 ) -> Dataset:
     """A set as token ids and labels; see `tokenize_dataset`."""
+    dataset = materialise(dataset, name=name)
     # Sets of a dict come here twice in `evaluate`: the second time they are token ids.
-    if formatting_func is not None and "input_ids" not in (dataset.column_names or ()):
-        dataset = dataset.map(lambda row: {args.dataset_text_field: formatting_func(row)})
+    if formatting_func is not None and "input_ids" not in dataset.column_names:
+        dataset = dataset.map(
+            lambda row: {args.dataset_text_field: formatting_func(row)},
+            # The other columns go: 'prompt' or 'messages' would be read before the text.
+            remove_columns=dataset.column_names,
+            num_proc=args.dataset_num_proc,
+        )
     return tokenize_dataset(
         dataset,
         processing_class,
@@ -66,6 +92,7 @@ def prepare_set(
         name=name,
         text_field=args.dataset_text_field,
         truncation_mode=cast(Any, args.truncation_mode),
+        num_proc=args.dataset_num_proc,
     )
 
 
@@ -95,6 +122,7 @@ def pair_sets(
             max_length=args.max_length,
             truncation_mode=cast(Any, args.truncation_mode),
             seed=args.seed,
+            num_proc=args.dataset_num_proc,
         )
     else:
         tokenized = prepare_set(forget, processing_class, args, name="forget", formatting_func=formatting_func)
@@ -198,59 +226,3 @@ def say_what_is_off(args: UnlearningConfig, targets: Targets) -> None:
                 "whole batch; one process and gradient_accumulation_steps=1 give that",
                 *(option, parts),
             )
-
-
-def find_targets(model: nn.Module) -> Targets:
-    """Target experts of the model's active UOE adapters; empty where there is none."""
-    targets: defaultdict[int, set[int]] = defaultdict(set)
-    for config in active_configs(model):
-        for layer_idx, expert_idx in config.target_experts:
-            targets[layer_idx].add(expert_idx)
-    return {layer_idx: sorted(targets[layer_idx]) for layer_idx in sorted(targets)}
-
-
-def active_configs(model: nn.Module) -> list[UOEConfig]:
-    """Configs of the model's active UOE adapters."""
-    if not isinstance(model, PeftModel):
-        return []
-    configs = [model.peft_config[name] for name in model.active_adapters]
-    return [config for config in configs if isinstance(config, UOEConfig)]
-
-
-def resolve_auto(
-    config: UOEConfig,
-    model: nn.Module,
-    forget_dataset: Any,
-    processing_class: Any,
-    *,
-    retain_dataset: Any,
-    args: UnlearningConfig,
-) -> UOEConfig:
-    """A copy of the config with `target_experts="auto"` replaced by what attribution finds on the forget set.
-
-    Raises:
-        ValueError: The model has an adapter already, or `attribution_score="contrast"` without a retain set.
-        UnsupportedModelError: The model has no routed experts.
-    """
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            f"the model has the adapters {sorted(model.peft_config)} already; pass it without peft_config to train "
-            "them, or pass the base model, model.unload()"
-        )
-    attribution = attribute_experts(
-        model,
-        forget_dataset,
-        processing_class=processing_class,
-        score=args.attribution_score,
-        gate=args.attribution_gate,
-        retain_dataset=retain_dataset,
-        batch_size=args.per_device_train_batch_size,
-        max_length=args.max_length,
-        seed=args.seed,
-        show_progress=not args.disable_tqdm,
-    )
-    resolved = copy(config)
-    resolved.target_experts = sorted(attribution.top(args.num_target_experts))
-    resolved.attribution = attribution.metadata()
-    logger.info('target_experts="auto" is %s\n%s', resolved.target_experts, attribution.summary())
-    return resolved

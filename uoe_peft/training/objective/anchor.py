@@ -1,21 +1,41 @@
-"""The router anchor, and how often tokens reach the experts that an adapter edits.
+"""The experts that an adapter edits: which they are, how often tokens reach them, the anchor of the router to them.
 
 Letters: T tokens of a batch, padding included, N answer tokens, K experts per token, M target experts.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
 from uoe_peft import losses
 from uoe_peft.moe.routing import LayerRouting
 from uoe_peft.training.config import UnlearningConfig
+from uoe_peft.tuner import UOEConfig
 
 Targets = dict[int, list[int]]
 """Target experts by decoder layer."""
+
+
+def find_targets(model: nn.Module) -> Targets:
+    """Target experts of the model's active UOE adapters; empty where there is none."""
+    targets: defaultdict[int, set[int]] = defaultdict(set)
+    for config in active_configs(model):
+        for layer_idx, expert_idx in config.target_experts:
+            targets[layer_idx].add(expert_idx)
+    return {layer_idx: sorted(targets[layer_idx]) for layer_idx in sorted(targets)}
+
+
+def active_configs(model: nn.Module) -> list[UOEConfig]:
+    """Configs of the model's active UOE adapters."""
+    if not isinstance(model, PeftModel):
+        return []
+    configs = [model.peft_config[name] for name in model.active_adapters]
+    return [config for config in configs if isinstance(config, UOEConfig)]
 
 
 def anchor_term(
