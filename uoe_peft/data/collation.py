@@ -69,15 +69,16 @@ def collate_groups(
     """One padded batch for each role that the rows hold ("forget", "retain", ...).
 
     Args:
-        rows: B rows of `{role: example}`; every row has the same roles. An example's `index`, its
-            place in its own set, is kept, so that what was computed for it once can be found again;
-            and so is its `seed`, where it has one.
+        rows: B rows of `{role: example}`; every row has the same roles. Of an example is kept, where
+            it has them, its `id`, by which what was computed for it once can be found again; its
+            `index`, its place in its own set, by which a person finds it; and its `seed`.
         pad_token_id: As in `collate`.
         padding_side: As in `collate`.
         pad_to_multiple_of: As in `collate`.
 
     Returns:
-        `{role: batch}`; a batch is what `collate` returns, and `index` (and `seed`), int64 of shape `(B,)`.
+        `{role: batch}`; a batch is what `collate` returns, and `id`, `index` and `seed`, int64 of shape
+        `(B,)`.
 
     Raises:
         ValueError: As in `collate`.
@@ -93,8 +94,9 @@ def collate_groups(
             padding_side=padding_side,
             pad_to_multiple_of=pad_to_multiple_of,
         )
-        for name in ("index", "seed") if "seed" in examples[0] else ("index",):
-            batches[role][name] = torch.tensor([example[name] for example in examples])
+        for name in ("id", "index", "seed"):
+            if name in examples[0]:
+                batches[role][name] = torch.tensor([example[name] for example in examples], dtype=torch.int64)
     return batches
 
 
