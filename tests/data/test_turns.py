@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.data.chat_templates import SPECIAL_TOKENS, TEMPLATES
 from uoe_peft.data import IGNORE_INDEX, tokenize_dataset
 from uoe_peft.data.conversations import answering_turns, read_messages
-from uoe_peft.data.turns import ChatTemplate, find_answers
+from uoe_peft.data.turns import ChatTemplate, common_prefix_length, find_answers
 
 # The second question repeats the first answer, and the second answer stands in both, and in most templates.
 FIRST, SECOND = "Zoë is 2 years a user.", "user"
@@ -205,6 +205,14 @@ def test_a_turn_that_is_cut_is_counted(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.WARNING):
         tokenize_dataset(rows, tokenizer, max_length=45)
     assert "cut the answers of 1 of 1 rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "length"),
+    [("", "", 0), ("abc", "abc", 3), ("abc", "abcd", 3), ("abd", "abc", 2), ("x", "y", 0), ([1, 2, 4], [1, 2], 2)],
+)
+def test_common_beginnings(first: Any, second: Any, length: int) -> None:
+    assert common_prefix_length(first, second) == common_prefix_length(second, first) == length
 
 
 def test_share_gpt_is_read() -> None:

@@ -51,7 +51,7 @@ def attribute_experts(
 
     Args:
         model: A model with routed experts, wrapped by PEFT or not.
-        forget_dataset: What is to be forgotten, in any of TRL's dataset types; may stream.
+        forget_dataset: What is to be forgotten, text in the types that `tokenize_dataset` names; may stream.
         processing_class: Tokenizer, or a processor that holds one.
         score: "gate": Eq. 2. "token_ratio": share of the selections (https://arxiv.org/abs/2407.01906). "contrast":
             "gate" on the forget set minus "gate" on the retain set. "ablation": rise of the forget loss minus `kappa`

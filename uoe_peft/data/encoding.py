@@ -1,4 +1,4 @@
-"""One row of a TRL data set -> its token ids, and which of them are the answer."""
+"""One row of a data set -> its token ids, and which of them are the answer."""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ class UnlearningTrainer(SFTTrainer):
     Args:
         model: A causal language model, a PEFT model, or the name of a model.
         args: Which losses, and how to train.
-        train_dataset: The forget set, of any of TRL's types. For "dpo" and "idk" it may have a column "alternative".
+        train_dataset: The forget set, text in the types that `tokenize_dataset` names. For "dpo" and "idk" it
+            may have a column "alternative".
         retain_dataset: The retain set, likewise; needed unless `retain_loss` is "none".
         eval_dataset: A set, or a dict of sets such as `{"forget": ..., "retain": ...}`.
         processing_class: Tokenizer or processor; None: the model's own.
