@@ -55,6 +55,14 @@ def test_the_last_turn_of_a_conversation_is_replaced(tokenizer):
     assert texts(forget, tokenizer, column="labels") == ["4."]
 
 
+def test_the_last_turn_of_share_gpts_conversations_is_replaced(tokenizer):
+    turns = [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]
+    rows = Dataset.from_list([{"conversations": turns, "alternative": "none"}])
+    forget, alternatives = tokenize_with_alternatives(rows, tokenizer, max_length=None, seed=0)
+    assert texts(forget, tokenizer) == ["<u>1.<a>2."]
+    assert texts(alternatives, tokenizer, column="labels") == ["none."]
+
+
 def test_a_row_that_loses_one_answer_is_in_neither_set(tokenizer):
     rows = Dataset.from_dict(
         {"prompt": ["who?", "where is it?"], "completion": [" A", " B"], "alternative": ["x", "y"]}

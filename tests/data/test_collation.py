@@ -28,15 +28,16 @@ def test_rows_without_labels_count_in_full():
 
 def test_groups_are_padded_each_on_its_own():
     rows = [
-        {"forget": {**EXAMPLES[0], "index": 4, "seed": 50}, "retain": {**EXAMPLES[1], "index": 0}},
-        {"forget": {**EXAMPLES[1], "index": 2, "seed": 51}, "retain": {**EXAMPLES[1], "index": 7}},
+        {"forget": {**EXAMPLES[0], "id": 2**62 + 1, "index": 4, "seed": 50}, "retain": {**EXAMPLES[1], "index": 0}},
+        {"forget": {**EXAMPLES[1], "id": 8, "index": 2, "seed": 51}, "retain": {**EXAMPLES[1], "index": 7}},
     ]
     batches = collate_groups(rows, pad_token_id=9)
     assert batches["forget"]["input_ids"].shape == (2, 3)
     assert batches["retain"]["input_ids"].shape == (2, 1)
     torch.testing.assert_close(batches["retain"]["index"], torch.tensor([0, 7]))
     torch.testing.assert_close(batches["forget"]["seed"], torch.tensor([50, 51]))
-    assert "seed" not in batches["retain"]
+    assert batches["forget"]["id"].tolist() == [2**62 + 1, 8]
+    assert not {"id", "seed"} & {*batches["retain"]}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from uoe_peft.data import PairedDataset, retain_index
 
 def token_rows(size: int) -> Dataset:
     rows = [[i] for i in range(size)]
-    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+    return Dataset.from_dict({"input_ids": rows, "labels": rows, "id": [10 * i for i in range(size)]})
 
 
 def test_every_retain_example_comes_up_equally_often():
@@ -58,6 +58,13 @@ def test_each_forget_example_has_a_seed_of_its_own_in_each_epoch():
 
     assert seeds(1, 0) == seeds(1, 0)
     assert len({*seeds(1, 0), *seeds(1, 1), *seeds(2, 0)}) == 12
+
+
+def test_what_is_drawn_for_an_example_does_not_depend_on_its_place():
+    rows = token_rows(4)
+    there = PairedDataset(rows, seed=1)
+    turned = PairedDataset(rows.select([3, 1, 0, 2]), seed=1)
+    assert [turned[i]["forget"]["seed"] for i in range(4)] == [there[i]["forget"]["seed"] for i in (3, 1, 0, 2)]
 
 
 def test_without_a_retain_set():

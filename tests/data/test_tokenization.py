@@ -1,3 +1,4 @@
+import hashlib
 import logging
 
 import pytest
@@ -23,7 +24,7 @@ def test_text_counts_every_token_and_gets_an_end(tokenizer):
     tokenized = tokenize_dataset(rows, tokenizer, max_length=None)
     assert texts(tokenized, tokenizer) == ["hello|end|", "done|end|"]  # one end, not two
     assert tokenized["labels"][:] == tokenized["input_ids"][:]
-    assert tokenized.column_names == ["input_ids", "labels"]
+    assert tokenized.column_names == ["input_ids", "labels", "id"]
 
 
 def test_prompt_tokens_do_not_count(tokenizer):
@@ -74,7 +75,7 @@ def test_only_the_assistants_turns_of_a_conversation_count(tokenizer):
 
 def test_tokenised_sets_pass_through(tokenizer):
     plain = tokenize_dataset(Dataset.from_dict({"input_ids": [[5, 6, 7]]}), tokenizer, max_length=2)
-    assert plain[0] == {"input_ids": [5, 6], "labels": [5, 6]}
+    assert (plain[0]["input_ids"], plain[0]["labels"]) == ([5, 6], [5, 6])
     masked = Dataset.from_dict({"input_ids": [[5, 6, 7]], "completion_mask": [[0, 1, 1]]})
     assert tokenize_dataset(masked, tokenizer, max_length=None)[0]["labels"] == [-100, 6, 7]
     labelled = Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[-100, -100, 7]]})
@@ -145,6 +146,57 @@ def test_streaming_needs_a_number_of_rows(tokenizer):
 def test_unusable_sets_are_refused(tokenizer, rows, error, message):
     with pytest.raises(error, match=message):
         tokenize_dataset(rows, tokenizer, max_length=5)
+
+
+@pytest.mark.parametrize("column", ["images", "image", "videos", "audio"])
+def test_sets_of_pictures_are_refused_by_name(tokenizer, column):
+    rows = Dataset.from_dict({"text": ["x"], column: ["a.png"]})
+    with pytest.raises(
+        ValueError, match=rf"retain set has the columns \['{column}'\], and only text is read.*remove_co"
+    ):
+        tokenize_dataset(rows, tokenizer, max_length=None, name="retain")
+
+
+def test_a_transform_is_refused(tokenizer):
+    rows = Dataset.from_dict({"text": ["x"]}).with_transform(lambda batch: batch)
+    with pytest.raises(ValueError, match="with_transform"):
+        tokenize_dataset(rows, tokenizer, max_length=None)
+
+
+def test_several_processes_share_the_work(tokenizer, monkeypatch):
+    asked = []
+    plain = Dataset.map
+    monkeypatch.setattr(
+        Dataset, "map", lambda self, *a, num_proc=None, **options: asked.append(num_proc) or plain(self, *a, **options)
+    )
+    rows = Dataset.from_dict({"prompt": ["q "] * 3, "completion": ["a", "b", "c"]})
+    for num_proc in (2, 8, None):
+        tokenized = tokenize_dataset(rows, tokenizer, max_length=None, num_proc=num_proc)
+        assert answers(tokenized, tokenizer) == ["a|end|", "b|end|", "c|end|"]
+    assert asked == [2, 3, None]  # never more processes than rows
+
+
+def test_two_processes_tokenise_alike(tokenizer):
+    rows = Dataset.from_dict({"text": ["hello", "a", "bb"]})
+    assert texts(tokenize_dataset(rows, tokenizer, max_length=None, num_proc=2), tokenizer) == [
+        "hello|end|",
+        "a|end|",
+        "bb|end|",
+    ]
+
+
+def test_an_example_has_one_id_of_its_tokens_and_answers(tokenizer):
+    rows = {"input_ids": [[5, 6], [5, 6], [5, 6], [5, 7]], "labels": [[5, 6], [-100, 6], [5, 6], [5, 7]]}
+    ids = tokenize_dataset(Dataset.from_dict(rows), tokenizer, max_length=None)["id"][:]
+    assert ids[0] == ids[2]
+    assert len({*ids}) == 3
+    assert all(0 <= value < 2**63 for value in ids)
+    # blake2b of the little-endian tokens and labels, so it is the same in every process and on every machine.
+    data = b"".join(value.to_bytes(8, "little", signed=True) for value in (5, 6, -100, 6))
+    assert ids[1] == int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") // 2
+    # A set that is handed in tokenised, and again, keeps its ids.
+    again = tokenize_dataset(Dataset.from_dict(rows | {"id": [1, 2, 3, 4]}), tokenizer, max_length=None)
+    assert again["id"][:] == ids
 
 
 def test_unusable_arguments_are_refused(tokenizer):

@@ -19,8 +19,8 @@ from tests.families import build as build_family
 from uoe_peft import RouterCorrection, UnlearningTrainer, correct_routers
 from uoe_peft.data import collate, tokenize_dataset
 from uoe_peft.moe import find_moe_blocks, unwrap
+from uoe_peft.training.objective.anchor import find_targets
 from uoe_peft.training.router_correction import router_delta, routing_kept
-from uoe_peft.training.targets import find_targets
 from uoe_peft.tuner import UOEConfig, UOELayer, add_router_correction
 
 FAMILIES = ("qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4", "gemma4", "olmoe", "listed, linear router")

@@ -270,7 +270,7 @@ def test_auto_attributes_on_the_forget_set(make_trainer, build, caplog):
 
 
 def test_auto_with_an_adapter_is_refused_before_attribution(make_trainer, uoe_model, monkeypatch):
-    monkeypatch.setattr("uoe_peft.training.targets.attribute_experts", lambda *args, **kwargs: pytest.fail("asked"))
+    monkeypatch.setattr("uoe_peft.training.auto.attribute_experts", lambda *args, **kwargs: pytest.fail("asked"))
     with pytest.raises(ValueError, match=r"the adapters \['default'\] already; pass it without peft_config"):
         make_trainer(uoe_model, peft_config=UOEConfig(target_experts="auto"))
 

@@ -2,13 +2,9 @@
 
 from uoe_peft.attribution.attribute import attribute_experts
 from uoe_peft.attribution.attribution import ExpertAttribution
-from uoe_peft.attribution.confidence import (
-    AttributionWarning,
-    Confidence,
-    GeneralistExpertWarning,
-    UnidentifiedExpertWarning,
-)
+from uoe_peft.attribution.confidence import Confidence
 from uoe_peft.attribution.expert_use import ExpertUse
+from uoe_peft.attribution.summary import AttributionWarning, GeneralistExpertWarning, UnidentifiedExpertWarning
 
 __all__ = [
     "AttributionWarning",

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from uoe_peft.attribution.expert_use import evaluating, input_device, progress_bar
+from uoe_peft.attribution.expert_use import input_device, progress_bar
 from uoe_peft.attribution.sampling import SampleBatches
 from uoe_peft.attribution.streaming import SequenceMean
 from uoe_peft.data import IGNORE_INDEX, Batch
 from uoe_peft.moe.blocks import MoEBlock
+from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.interventions import silence_expert
 from uoe_peft.moe.routing import select_blocks
 
@@ -59,8 +60,7 @@ def measure_loss_rise(
     rise = SequenceMean((len(candidates),), num_resamples=num_resamples, seed=seed)
     num_tokens = batches.num_tokens * (len(candidates) + 1)
     with (
-        evaluating(model),
-        torch.no_grad(),
+        evaluation_mode(model),
         progress_bar(num_tokens, f"Silencing experts on {name} set", show=show_progress) as bar,
     ):
         for batch in batches:

@@ -11,12 +11,14 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from uoe_peft.attribution.ablation import measure_loss_rise
-from uoe_peft.attribution.attribution import ExpertAttribution, affinity_of
-from uoe_peft.attribution.confidence import Confidence, assess, warn_if_doubtful
+from uoe_peft.attribution.affinities import affinity_of
+from uoe_peft.attribution.attribution import ExpertAttribution
+from uoe_peft.attribution.confidence import Confidence, assess
 from uoe_peft.attribution.expert_use import ExpertUse, Resamples, common_num_experts, measure_expert_use
 from uoe_peft.attribution.gradient import gradient_affinity
 from uoe_peft.attribution.sampling import SampleBatches, sample_batches
 from uoe_peft.attribution.scores import Gate, Score, contrast, random_affinity
+from uoe_peft.attribution.summary import warn_if_doubtful
 from uoe_peft.data.tokenization import ProcessingClass
 from uoe_peft.moe.routing import select_blocks
 
@@ -49,7 +51,7 @@ def attribute_experts(
 
     Args:
         model: A model with routed experts, wrapped by PEFT or not.
-        forget_dataset: What is to be forgotten, in any of TRL's dataset types; may stream.
+        forget_dataset: What is to be forgotten, text in the types that `tokenize_dataset` names; may stream.
         processing_class: Tokenizer, or a processor that holds one.
         score: "gate": Eq. 2. "token_ratio": share of the selections (https://arxiv.org/abs/2407.01906). "contrast":
             "gate" on the forget set minus "gate" on the retain set. "ablation": rise of the forget loss minus `kappa`

@@ -1,37 +1,17 @@
-"""How sure the choice of an expert is: intervals, margin, agreement, concentration, and when to warn.
+"""How sure the choice of an expert is: intervals, margin, agreement, concentration.
 
 Letters: L layers, E experts, K experts per token, R bootstrap resamples.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from uoe_peft.attribution.attribution import ExpertAttribution
-
 LEVEL = 0.95
 """Coverage of all intervals."""
-
-GENERALIST_LIFT = 1.5
-"""An expert that is not used at least so many times as much on the forget set as on the retain set is a generalist."""
-
-
-class AttributionWarning(UserWarning):
-    """The chosen expert may be the wrong one, or no expert may be the right one."""
-
-
-class UnidentifiedExpertWarning(AttributionWarning):
-    """The data cannot tell the best expert from the second."""
-
-
-class GeneralistExpertWarning(AttributionWarning):
-    """The best expert is about as busy on the retain set as on the forget set: unlearning it costs utility."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,36 +70,6 @@ def assess(affinity: Tensor, bootstrap: Tensor, halves: Tensor | None, *, top_k:
         stability=float((best == first).float().mean()),
         half_agreement=None if halves is None else half_agreement(halves, top_k=top_k),
     )
-
-
-def warn_if_doubtful(attribution: ExpertAttribution) -> None:
-    """Warn the caller's caller where the best expert is not identified, or is a generalist."""
-    sure = attribution.confidence
-    first, second = attribution.ranking()[:2]
-    best = first[:2]
-    if sure is not None and not sure.identified:
-        warnings.warn(
-            f"the forget set does not single out one expert: (layer, expert) {best} has affinity {first[2]:.4f}, "
-            f"{second[:2]} has {second[2]:.4f}, and the 95 % interval of the difference, {sure.margin_low:.4f} to "
-            f"{sure.margin_high:.4f}, contains 0. Unlearning one expert may then miss part of the knowledge; use more "
-            "data, another score, or top(m) with m > 1",
-            UnidentifiedExpertWarning,
-            stacklevel=3,
-        )
-    elif sure is None and attribution.forget is not None and attribution.forget.num_sequences < 2:
-        warnings.warn(
-            f"one sequence cannot tell how sure the choice of {best} is; use more data",
-            UnidentifiedExpertWarning,
-            stacklevel=3,
-        )
-    lift = attribution.lift(best)
-    if lift is not None and lift < GENERALIST_LIFT:
-        warnings.warn(
-            f"(layer, expert) {best} is a generalist: the forget set uses it only {lift:.2f} times as much as the "
-            f"retain set, expected at least {GENERALIST_LIFT}. Unlearning it will cost utility; try score='contrast'",
-            GeneralistExpertWarning,
-            stacklevel=3,
-        )
 
 
 def half_agreement(halves: Tensor, *, top_k: int) -> float:

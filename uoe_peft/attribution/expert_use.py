@@ -14,6 +14,7 @@ from uoe_peft.attribution.sampling import SampleBatches, counted_tokens
 from uoe_peft.attribution.scores import STATISTICS, Statistic, sequence_means
 from uoe_peft.attribution.streaming import SequenceMean
 from uoe_peft.moe.blocks import MoEBlock
+from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.interventions import run_until_routed
 from uoe_peft.moe.routing import RoutingTrace, record_routing, select_blocks
 
@@ -109,8 +110,7 @@ def measure_expert_use(
     device = input_device(model)
     num_tokens = top_k = 0
     with (
-        evaluating(model),
-        torch.no_grad(),
+        evaluation_mode(model),
         progress_bar(batches.num_tokens, f"Reading {name} set", show=show_progress) as bar,
         record_routing(model, layer_indices=layers) as trace,
         run_until_routed(model, layers[-1]) as run,
@@ -125,18 +125,6 @@ def measure_expert_use(
     softmax, applied, token_ratio = mean.mean()
     use = ExpertUse(softmax, applied, token_ratio, mean.num_sequences, num_tokens, top_k, batches.fingerprint)
     return use, Resamples(mean.resampled_means(), mean.half_means())
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the context; every module's own mode after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from uoe_peft.attribution.ablation import answer_losses
-from uoe_peft.attribution.expert_use import common_num_experts, evaluating, progress_bar
+from uoe_peft.attribution.expert_use import common_num_experts, progress_bar
 from uoe_peft.attribution.sampling import SampleBatches
+from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.routing import select_blocks
 
 Gradients = dict[nn.Parameter, Tensor]
@@ -53,7 +54,7 @@ def gradient_affinity(
     blocks = select_blocks(model, layer_indices)
     num_experts = common_num_experts(blocks)
     parameters = [p for block in blocks for p in block.storage.module.parameters() if p.is_floating_point()]
-    with evaluating(model), _only_trainable(model, parameters), torch.enable_grad():
+    with evaluation_mode(model, gradients=True), _only_trainable(model, parameters):
         forget_gradients = _mean_gradients(model, forget, parameters, name="forget", show=show_progress)
         retain_gradients: Gradients = {}
         if retain is not None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from uoe_peft.attribution.attribution import ExpertAttribution, Pair
+from uoe_peft.attribution.affinities import Affinities, Pair
 
 
-def plot(attribution: ExpertAttribution, path: str | PathLike[str], *, targets: Sequence[Pair]) -> None:
+def plot(attribution: Affinities, path: str | PathLike[str], *, targets: Sequence[Pair]) -> None:
     """Draw the heat map of affinities, and the long tail of the layer of the first target.
 
     Args:
@@ -35,7 +34,7 @@ def plot(attribution: ExpertAttribution, path: str | PathLike[str], *, targets: 
     figure.savefig(path, dpi=150)
 
 
-def _heat_map(figure: Any, axes: Any, attribution: ExpertAttribution, targets: Sequence[Pair]) -> None:
+def _heat_map(figure: Any, axes: Any, attribution: Affinities, targets: Sequence[Pair]) -> None:
     layers = list(attribution.layer_indices)
     image = axes.imshow(attribution.affinity.numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
     figure.colorbar(image, ax=axes, label=f"affinity ({attribution.score})")
@@ -46,7 +45,7 @@ def _heat_map(figure: Any, axes: Any, attribution: ExpertAttribution, targets: S
     axes.set(xlabel="expert", ylabel="layer", title=f"Affinity to the forget set; marked: {_named(targets)}")
 
 
-def _long_tail(axes: Any, attribution: ExpertAttribution, target: Pair) -> None:
+def _long_tail(axes: Any, attribution: Affinities, target: Pair) -> None:
     layer_idx, expert_idx = target
     row = attribution.layer_indices.index(layer_idx)
     assert attribution.forget is not None

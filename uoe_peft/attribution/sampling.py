@@ -71,7 +71,7 @@ def sample_batches(
     """Batches of examples drawn uniformly from a set until `max_tokens` is reached.
 
     Args:
-        dataset: Any of TRL's dataset types. A streaming set is drawn from a shuffled buffer of 10,000 rows.
+        dataset: As in `tokenize_dataset`. A streaming set is drawn from a shuffled buffer of 10,000 rows.
         processing_class: Tokenizer, or a processor that holds one.
         max_tokens: Size of the sample in tokens, at most; one example is always taken.
         batch_size: Examples in a batch.

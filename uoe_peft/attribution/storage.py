@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from uoe_peft.attribution.affinities import Affinities
 from uoe_peft.attribution.confidence import Confidence
 from uoe_peft.attribution.expert_use import ExpertUse
-
-if TYPE_CHECKING:
-    from uoe_peft.attribution.attribution import ExpertAttribution
 
 FORMAT = "uoe_peft.expert_attribution"
 VERSION = 1
 
 
-def metadata(attribution: ExpertAttribution) -> dict[str, Any]:
+def metadata(attribution: Affinities) -> dict[str, Any]:
     """Everything but the tables, as plain JSON."""
     described: dict[str, Any] = {
         "score": attribution.score,
@@ -38,7 +36,7 @@ def metadata(attribution: ExpertAttribution) -> dict[str, Any]:
     return described
 
 
-def to_json(attribution: ExpertAttribution) -> str:
+def to_json(attribution: Affinities) -> str:
     """The file's text."""
     layers = attribution.layer_indices
     content = {"format": FORMAT, "version": VERSION, **metadata(attribution)}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from uoe_peft.data.conversations import CONVERSATION_COLUMNS, answering_turns, read_messages
 from uoe_peft.data.tokenization import (
     ProcessingClass,
     TruncationMode,
@@ -35,6 +36,7 @@ def tokenize_with_alternatives(
     seed: int,
     truncation_mode: TruncationMode = "keep_start",
     name: str = "forget",
+    num_proc: int | None = None,
 ) -> tuple[Dataset, Dataset]:
     """The forget set, and the same questions with alternative answers, row by row.
 
@@ -42,12 +44,14 @@ def tokenize_with_alternatives(
     then the forget answer); otherwise one of `load_idk_answers`, drawn for each row by `seed`.
 
     Args:
-        dataset: `prompt` and `completion`, or `messages`, or `prompt`, `chosen` and `rejected`.
+        dataset: `prompt` and `completion`, or `messages` (or ShareGPT's `conversations`), or `prompt`, `chosen` and
+            `rejected`.
         processing_class: As in `tokenize_dataset`.
         max_length: As in `tokenize_dataset`.
         seed: Of the drawn answers.
         truncation_mode: As in `tokenize_dataset`.
         name: As in `tokenize_dataset`.
+        num_proc: As in `tokenize_dataset`.
 
     Returns:
         Two sets of equal length; a row of which either is truncated away is in neither.
@@ -57,11 +61,11 @@ def tokenize_with_alternatives(
     """
     dataset = materialise(dataset, name=name)
     columns = set(dataset.column_names)
-    understood = ({"prompt", "completion"}, {"prompt", "chosen", "rejected"}, {"messages"})
+    understood = ({"prompt", "completion"}, {"prompt", "chosen", "rejected"}, *({c} for c in CONVERSATION_COLUMNS))
     if not any(needed <= columns for needed in understood):
         raise ValueError(
             f"alternative answers need questions: the {name} set has the columns {sorted(columns)}; expected 'prompt' "
-            "and 'completion', or 'messages', or 'prompt', 'chosen' and 'rejected'"
+            "and 'completion', or 'messages', or 'conversations', or 'prompt', 'chosen' and 'rejected'"
         )
     answers = load_idk_answers()
     drawn = np.random.default_rng(seed).integers(len(answers), size=len(dataset))
@@ -73,6 +77,7 @@ def tokenize_with_alternatives(
             max_length=max_length,
             truncation_mode=truncation_mode,
             name=role,
+            num_proc=num_proc,
         )
         for role, rows in ((name, [pair[0] for pair in pairs]), ("alternative", [pair[1] for pair in pairs]))
     ]
@@ -88,9 +93,9 @@ def _split(row: Mapping[str, Any], idk: str) -> tuple[dict[str, Any], dict[str, 
     extra = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
     if "chosen" in row:
         prompt, answer, alternative = row["prompt"], row["rejected"], row["chosen"]
-    elif "messages" in row:
-        turns = row["messages"]
-        last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
+    elif "prompt" not in row:
+        turns = read_messages(next(row[name] for name in CONVERSATION_COLUMNS if row.get(name) is not None))
+        last = max(answering_turns(turns), default=len(turns))
         prompt, answer, alternative = turns[:last], turns[last : last + 1], row.get(ALTERNATIVE_COLUMN)
     else:
         prompt, answer, alternative = row["prompt"], row["completion"], row.get(ALTERNATIVE_COLUMN)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from uoe_peft.data.answers import IGNORE_INDEX
+from uoe_peft.losses import IGNORE_INDEX
 
 Batch = dict[str, Tensor]
 
@@ -68,15 +69,16 @@ def collate_groups(
     """One padded batch for each role that the rows hold ("forget", "retain", ...).
 
     Args:
-        rows: B rows of `{role: example}`; every row has the same roles. An example's `index`, its
-            place in its own set, is kept, so that what was computed for it once can be found again;
-            and so is its `seed`, where it has one.
+        rows: B rows of `{role: example}`; every row has the same roles. Of an example is kept, where
+            it has them, its `id`, by which what was computed for it once can be found again; its
+            `index`, its place in its own set, by which a person finds it; and its `seed`.
         pad_token_id: As in `collate`.
         padding_side: As in `collate`.
         pad_to_multiple_of: As in `collate`.
 
     Returns:
-        `{role: batch}`; a batch is what `collate` returns, and `index` (and `seed`), int64 of shape `(B,)`.
+        `{role: batch}`; a batch is what `collate` returns, and `id`, `index` and `seed`, int64 of shape
+        `(B,)`.
 
     Raises:
         ValueError: As in `collate`.
@@ -92,6 +94,25 @@ def collate_groups(
             padding_side=padding_side,
             pad_to_multiple_of=pad_to_multiple_of,
         )
-        for name in ("index", "seed") if "seed" in examples[0] else ("index",):
-            batches[role][name] = torch.tensor([example[name] for example in examples])
+        for name in ("id", "index", "seed"):
+            if name in examples[0]:
+                batches[role][name] = torch.tensor([example[name] for example in examples], dtype=torch.int64)
     return batches
+
+
+@dataclass(frozen=True)
+class UnlearningCollator:
+    """Pads paired rows (training) role by role, and plain rows (evaluation) as they are.
+
+    Attributes:
+        pad_token_id: Token id that fills short rows.
+        pad_to_multiple_of: Round a batch's length up to a multiple of this.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch | dict[str, Batch]:
+        """A batch for each role of paired rows, or one batch of plain rows."""
+        collating = collate if "input_ids" in rows[0] else collate_groups
+        return collating(rows, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)

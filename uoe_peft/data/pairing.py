@@ -55,10 +55,11 @@ class PairedDataset(TorchDataset[PairedRow]):
 
     Row `i` is `{"forget": example i, "retain": its partner}`, and any further column set in `extra`
     under its own name; each example also carries its `index` in its own set, and each forget example
-    the `seed` of whatever is drawn at random for it in the current epoch.
+    the `seed` of whatever is drawn at random for it in the current epoch, which depends on the `id`
+    that it got when it was tokenised, and not on its place in the set.
 
     Args:
-        forget: Tokenised forget set; its size is this data set's size.
+        forget: Tokenised forget set, see `tokenize_dataset`; its size is this data set's size.
         retain: Tokenised retain set, or None.
         seed: Of the pairing.
         extra: Further sets, row by row aligned with the forget set, e.g. alternative answers.
@@ -107,7 +108,8 @@ class PairedDataset(TorchDataset[PairedRow]):
         return len(self.forget)
 
     def __getitem__(self, index: int) -> PairedRow:
-        row: PairedRow = {"forget": {**self.forget[index], "index": index, "seed": self._seed_of(index)}}
+        forget = self.forget[index]
+        row: PairedRow = {"forget": {**forget, "index": index, "seed": self._seed_of(forget.get("id", index))}}
         for role, dataset in self.extra.items():
             row[role] = {**dataset[index], "index": index}
         if self.retain is not None:
@@ -121,5 +123,5 @@ class PairedDataset(TorchDataset[PairedRow]):
             row["retain"] = {**self.retain[partner], "index": partner}
         return row
 
-    def _seed_of(self, index: int) -> int:
-        return int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0])
+    def _seed_of(self, example_id: int) -> int:
+        return int(np.random.SeedSequence((self.seed, self.epoch, example_id)).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""Forget and retain sets in any of TRL's dataset types -> token ids and labels.
+"""Forget and retain sets in any of TRL's types of text -> token ids and labels.
 
 The rules are those of TRL's `SFTTrainer` (end-of-sequence token, where an answer starts,
 truncation), with one difference, said at `tokenize_dataset`: in a conversation only the assistant's
@@ -14,7 +14,8 @@ from typing import Any, Literal
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from uoe_peft.data.answers import encode_row, num_predicted
+from uoe_peft.data.conversations import CONVERSATION_COLUMNS
+from uoe_peft.data.encoding import encode_row, example_id, num_predicted
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,9 @@ ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 
 _NUM_BEFORE = "num_answer_tokens_before_truncation"
 _NUM_AFTER = "num_answer_tokens"
+_NUM_MISSING = "num_answers_not_rendered"
+
+_NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def tokenize_dataset(
@@ -35,19 +39,23 @@ def tokenize_dataset(
     text_field: str = "text",
     truncation_mode: TruncationMode = "keep_start",
     max_examples: int | None = None,
+    num_proc: int | None = None,
 ) -> Dataset:
-    """Token ids and labels of a data set of any TRL type.
+    """Token ids and labels of a data set of text.
 
     Understood columns, the first match wins: `input_ids` (with `labels`, or `completion_mask`, or
     neither: every token then counts); `prompt` and `completion`, both strings or both lists of
-    messages; `messages`; `text`.
+    messages; `messages`, or `conversations` as ShareGPT has them; `text`.
 
     An end-of-sequence token is appended to strings, not to conversations, whose chat template ends
-    them. Where TRL would count every token of a `messages` row, only the assistant's turns count
-    here (`completion_only=False` counts all).
+    them. Where TRL would count every token of a `messages` row, only what the assistant says counts
+    here, with the end of its turns (`completion_only=False` counts all). What the chat template
+    writes before an answer, such as an empty `<think>` block or the name of a channel, is no part of
+    it, see :mod:`uoe_peft.data.turns`.
 
     Rows whose answer lies entirely beyond `max_length` have nothing to learn from; they are left
-    out, and their number is logged, as is the number of rows whose answer was cut.
+    out, and their number is logged, as is the number of rows whose answer was cut, and of answers
+    that the chat template leaves out.
 
     Args:
         dataset: The set. A streaming set needs `max_examples`.
@@ -58,16 +66,19 @@ def tokenize_dataset(
         text_field: Column of plain text.
         truncation_mode: Which end of a sequence that is too long is kept.
         max_examples: Read at most so many rows; None for all of them.
+        num_proc: Processes that share the work; None for this one alone.
 
     Returns:
         Columns `input_ids` and `labels`, lists of int of equal length per row; `labels` is -100
-        where a token does not count.
+        where a token does not count. And `id`, by which an example can be found again, see
+        :func:`uoe_peft.data.encoding.example_id`.
 
     Raises:
         TypeError: `dataset` is not a `Dataset` or `IterableDataset`.
         ValueError: The set is empty, has no usable columns, streams without `max_examples`, is
-            conversational while there is no chat template, or all its answers are truncated away;
-            `max_length` or `max_examples` is too small.
+            conversational while there is no chat template, holds images or other things than text,
+            is transformed when it is read, or all its answers are truncated away; `max_length` or
+            `max_examples` is too small.
     """
     rows = tokenize_rows(
         materialise(dataset, max_examples=max_examples, name=name),
@@ -77,6 +88,7 @@ def tokenize_dataset(
         name=name,
         text_field=text_field,
         truncation_mode=truncation_mode,
+        num_proc=num_proc,
     )
     kept = answered_rows(rows, max_length=max_length, name=name)
     return drop_bookkeeping(rows if len(kept) == len(rows) else rows.select(kept))
@@ -89,7 +101,8 @@ def materialise(
 
     Raises:
         TypeError: `dataset` is neither a `Dataset` nor an `IterableDataset`.
-        ValueError: It is empty, or streams and `max_examples` is None, or `max_examples` < 1.
+        ValueError: It is empty, or streams and `max_examples` is None, or `max_examples` < 1; or it
+            holds images, or is transformed when it is read.
     """
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"max_examples must be at least 1 or None, got {max_examples}")
@@ -116,6 +129,16 @@ def materialise(
             )
     if len(dataset) == 0:
         raise ValueError(f"the {name} set is empty; expected at least one row")
+    if unread := sorted({*_NOT_TEXT} & {*dataset.column_names}):
+        raise ValueError(
+            f"the {name} set has the columns {unread}, and only text is read; to unlearn from its text alone, pass "
+            f"dataset.remove_columns({unread})"
+        )
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            f"the {name} set has a transform (with_transform), which would be applied once and for all, though it may "
+            "give something else each time; apply it with dataset.map first"
+        )
     return dataset
 
 
@@ -128,22 +151,22 @@ def tokenize_rows(
     name: str = "forget",
     text_field: str = "text",
     truncation_mode: TruncationMode = "keep_start",
+    num_proc: int | None = None,
 ) -> Dataset:
     """As `tokenize_dataset`, but keeps every row, in order, also those without an answer left.
 
     Returns:
-        Columns `input_ids`, `labels` and the number of answer tokens before and after truncation,
-        which `answered_rows` reads and `drop_bookkeeping` removes.
+        Columns `input_ids`, `labels`, `id`, and counts that `answered_rows` reads and `drop_bookkeeping` removes.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be None or at least 2 (one token and the next), got {max_length}")
     if truncation_mode not in ("keep_start", "keep_end"):
         raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end', got {truncation_mode!r}")
     columns = set(dataset.column_names)
-    if not (columns & {"input_ids", "messages", text_field} or {"prompt", "completion"} <= columns):
+    if not (columns & {"input_ids", *CONVERSATION_COLUMNS, text_field} or {"prompt", "completion"} <= columns):
         raise ValueError(
             f"the {name} set has the columns {sorted(columns)}; expected 'prompt' and "
-            f"'completion', or 'messages', or {text_field!r}, or 'input_ids'; rename or map the "
+            f"'completion', or 'messages', or 'conversations', or {text_field!r}, or 'input_ids'; rename or map the "
             "columns first"
         )
     return dataset.map(
@@ -156,6 +179,7 @@ def tokenize_rows(
             "truncation_mode": truncation_mode,
         },
         remove_columns=dataset.column_names,
+        num_proc=None if num_proc is None else min(num_proc, len(dataset)),
         desc=f"Tokenizing {name} set",
     )
 
@@ -171,6 +195,9 @@ def answered_rows(rows: Dataset, *, max_length: int | None, name: str = "forget"
     num_unanswered = sum(count == 0 for count in before)
     num_lost = len(rows) - len(kept) - num_unanswered
     num_cut = sum(0 < a < b for a, b in zip(after, before, strict=True))
+    num_missing = sum(rows[_NUM_MISSING])
+    if num_missing:
+        logger.warning("%s set: the chat template leaves out %d answers, which are not trained on", name, num_missing)
     if not kept:
         cause = (
             f"all {len(rows)} answers lie beyond max_length={max_length}; raise max_length, "
@@ -195,8 +222,8 @@ def answered_rows(rows: Dataset, *, max_length: int | None, name: str = "forget"
 
 
 def drop_bookkeeping(rows: Dataset) -> Dataset:
-    """Only `input_ids` and `labels`."""
-    return rows.select_columns(["input_ids", "labels"])
+    """Only `input_ids`, `labels` and `id`."""
+    return rows.select_columns(["input_ids", "labels", "id"])
 
 
 def text_tokenizer(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
@@ -227,7 +254,8 @@ def _tokenize_row(
     text_field: str,
     truncation_mode: TruncationMode,
 ) -> dict[str, Any]:
-    input_ids, labels = encode_row(row, tokenizer, completion_only=completion_only, text_field=text_field)
+    encoded = encode_row(row, tokenizer, completion_only=completion_only, text_field=text_field)
+    input_ids, labels = encoded.input_ids, encoded.labels
     before = num_predicted(labels)
     if max_length is not None:
         window = slice(max_length) if truncation_mode == "keep_start" else slice(-max_length, None)
@@ -235,6 +263,8 @@ def _tokenize_row(
     return {
         "input_ids": input_ids,
         "labels": labels,
+        "id": example_id(input_ids, labels),
         _NUM_BEFORE: before,
         _NUM_AFTER: num_predicted(labels),
+        _NUM_MISSING: encoded.num_missing,
     }

@@ -2,6 +2,7 @@
 
 from uoe_peft.losses.anchor import anchor_loss, mask_to_top_k
 from uoe_peft.losses.answers import (
+    IGNORE_INDEX,
     answer_lengths,
     answer_positions,
     answer_targets,
@@ -27,6 +28,7 @@ from uoe_peft.losses.representation import (
 from uoe_peft.losses.retain import kl_loss, nll_loss, trace_weights
 
 __all__ = [
+    "IGNORE_INDEX",
     "adaptive_coefficient",
     "adversarial_labels",
     "anchor_loss",

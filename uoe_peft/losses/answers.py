@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED_LABEL = -100
+IGNORE_INDEX = -100
+"""Label of a token that is not part of an answer: prompt, padding. It never counts."""
 
 SequenceReduction = Literal["sum", "mean"]
 TokenReduction = Literal["mean", "none"]
@@ -30,7 +31,7 @@ def answer_positions(labels: Tensor) -> Tensor:
         Bool, True where the *next* token is an answer token; never at the last position.
         Shape `(B, S)`.
     """
-    answers = labels != IGNORED_LABEL
+    answers = labels != IGNORE_INDEX
     return torch.cat([answers[:, 1:], torch.zeros_like(answers[:, :1])], dim=1)
 
 

@@ -24,10 +24,10 @@ from uoe_peft.data import Batch
 from uoe_peft.data.tokenization import ProcessingClass
 from uoe_peft.moe import MoEBlock, plain, unwrap
 from uoe_peft.moe.comparison import top_k_jaccard
+from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.interventions import run_until_routed
 from uoe_peft.moe.router_inputs import record_router_input
 from uoe_peft.moe.routing import record_routing
-from uoe_peft.training.objective.forward import evaluation_mode
 from uoe_peft.training.objective.reference import Reference
 from uoe_peft.tuner import (
     UOEConfig,

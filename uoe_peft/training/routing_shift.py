@@ -12,9 +12,9 @@ from torch import Tensor
 from uoe_peft.data import Batch
 from uoe_peft.moe.blocks import find_moe_blocks
 from uoe_peft.moe.comparison import top_k_jaccard
+from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.routing import record_routing
-from uoe_peft.training.objective.forward import evaluation_mode
 from uoe_peft.training.objective.reference import Reference
 
 

@@ -20,33 +20,24 @@ from transformers.trainer_utils import PredictionOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from uoe_peft.data import Batch, PairedDataset
-from uoe_peft.losses import answer_positions, control_direction
-from uoe_peft.losses.answers import IGNORED_LABEL
+from uoe_peft.data import Batch, PairedDataset, UnlearningCollator
+from uoe_peft.losses import IGNORE_INDEX, answer_positions, control_direction
 from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.routing import RoutingTrace, record_routing
 from uoe_peft.moe.segments import find_layers
+from uoe_peft.training.auto import resolve_auto
 from uoe_peft.training.balance import forget_retain_balance
 from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, OffloadPrefix, StopWhenForgotten
 from uoe_peft.training.checkpoint import load_full_checkpoint
-from uoe_peft.training.collator import UnlearningCollator
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.model_card import PAPER, add_loading_section
+from uoe_peft.training.objective.anchor import active_configs, find_targets
 from uoe_peft.training.objective.forward import decoder_layer
 from uoe_peft.training.objective.objective import Denominators, Objective, Step
 from uoe_peft.training.objective.reference import Reference
 from uoe_peft.training.optim.curvature import Estimates, estimate_curvature
 from uoe_peft.training.optim.masks import KeepMasked, Masks, weight_attribution_mask
 from uoe_peft.training.optim.sophia import sophia_and_options
-from uoe_peft.training.preparation import (
-    check_model,
-    check_sets,
-    load_model,
-    load_tokenizer,
-    pair_sets,
-    prepare_set,
-    say_what_is_off,
-)
 from uoe_peft.training.reuse.choice import (
     cache_or_none,
     indices_in_training,
@@ -61,7 +52,16 @@ from uoe_peft.training.reuse.shortcuts import take_shortcuts
 from uoe_peft.training.reuse.store import PrefixCacheUnavailable, StateFolder
 from uoe_peft.training.reuse.store_key import base_weights, weights_key
 from uoe_peft.training.routing_shift import selection_overlap
-from uoe_peft.training.targets import active_configs, find_targets, resolve_auto
+from uoe_peft.training.setup import (
+    check_arguments,
+    check_model,
+    check_sets,
+    load_model,
+    load_tokenizer,
+    pair_sets,
+    prepare_set,
+    say_what_is_off,
+)
 from uoe_peft.tuner import UOEConfig
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ class UnlearningTrainer(SFTTrainer):
     Args:
         model: A causal language model, a PEFT model, or the name of a model.
         args: Which losses, and how to train.
-        train_dataset: The forget set, of any of TRL's types. For "dpo" and "idk" it may have a column "alternative".
+        train_dataset: The forget set, text in the types that `tokenize_dataset` names. For "dpo" and "idk" it
+            may have a column "alternative".
         retain_dataset: The retain set, likewise; needed unless `retain_loss` is "none".
         eval_dataset: A set, or a dict of sets such as `{"forget": ..., "retain": ...}`.
         processing_class: Tokenizer or processor; None: the model's own.
@@ -131,15 +132,23 @@ class UnlearningTrainer(SFTTrainer):
     ) -> None:
         args = UnlearningConfig() if args is None else args
         check_sets(args, train_dataset, retain_dataset)
+        check_arguments(args, kwargs)
         processing_class = processing_class or load_tokenizer(model, args)
+        paired = None
         if isinstance(peft_config, UOEConfig) and peft_config.target_experts == "auto":
             model = load_model(model, args, kwargs.get("quantization_config"))
-            peft_config = resolve_auto(
-                peft_config, model, train_dataset, processing_class, retain_dataset=retain_dataset, args=args
+            formatting_func = kwargs.get("formatting_func")
+            peft_config, paired = resolve_auto(
+                peft_config,
+                model,
+                train_dataset,
+                retain_dataset,
+                processing_class,
+                args,
+                formatting_func=formatting_func,
             )
         if args.optim == "sophia":
             kwargs.setdefault("optimizer_cls_and_kwargs", sophia_and_options(args))
-        self._unpaired = (train_dataset, retain_dataset)
         self._trace: RoutingTrace | None = None
         self._prefix: PrefixCache | None = None
         self._until_trained = ExitStack()
@@ -160,8 +169,8 @@ class UnlearningTrainer(SFTTrainer):
             **kwargs,
         )
         self.data_collator = UnlearningCollator(self._tokenizer.pad_token_id, cast(Any, args.pad_to_multiple_of))
-        self.train_dataset = pair_sets(
-            *self._unpaired, self._processing_class, args, formatting_func=self._formatting_func
+        self.train_dataset = paired or pair_sets(
+            train_dataset, retain_dataset, self._processing_class, args, formatting_func=self._formatting_func
         )
         check_model(self.model, args)
         self.objective = self._make_objective()
@@ -284,7 +293,7 @@ class UnlearningTrainer(SFTTrainer):
 
     def _take_shortcuts(self) -> None:
         longest = max(
-            sum(label != IGNORED_LABEL for label in labels)
+            sum(label != IGNORE_INDEX for label in labels)
             for rows in self.train_dataset.sets.values()
             for labels in rows["labels"]
         )

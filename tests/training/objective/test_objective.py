@@ -7,7 +7,7 @@ import torch
 from uoe_peft import losses
 from uoe_peft.moe.routing import record_routing
 from uoe_peft.training.config import ForgetLoss
-from uoe_peft.training.targets import anchor_term
+from uoe_peft.training.objective.anchor import anchor_term
 
 FORGET_LOSSES = get_args(ForgetLoss)
 BOUNDED_BELOW_ZERO = ("grad_ascent", "wga", "satimp")

@@ -18,11 +18,11 @@ from uoe_peft.data import Batch, collate
 from uoe_peft.moe import find_moe_blocks
 from uoe_peft.moe.routing import record_routing
 from uoe_peft.training import UnlearningConfig
+from uoe_peft.training.objective.anchor import find_targets
 from uoe_peft.training.objective.objective import Objective
 from uoe_peft.training.objective.reference import Reference
 from uoe_peft.training.reuse.prefix_cache import PrefixSource, prefix_cache
 from uoe_peft.training.reuse.store import StateFolder
-from uoe_peft.training.targets import find_targets
 from uoe_peft.tuner import UOEConfig
 
 # Softmax and sigmoid routers, shared experts, dense first layers, hybrids with convolutions and state spaces, chunked

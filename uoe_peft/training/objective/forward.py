@@ -20,6 +20,7 @@ from uoe_peft.data import Batch
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.losses import answer_lengths, answer_positions, answer_targets, sequence_nll, token_log_probs
 from uoe_peft.losses.answers import SequenceReduction
+from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.lm_head import apply_lm_head, find_lm_head, no_logits, record_decoder_output
 from uoe_peft.moe.segments import find_layers, stop_after_layer
 from uoe_peft.training.objective.logits import AnswerLogits
@@ -249,15 +250,3 @@ def vocab_size(model: nn.Module) -> int:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     return cast(nn.Module, getattr(model, "module", model))  # what DistributedDataParallel wraps
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside the context no dropout and no gradient; afterwards the model trains again if it did before."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

@@ -16,9 +16,9 @@ from uoe_peft import losses
 from uoe_peft.data import Batch
 from uoe_peft.moe.routing import RoutingTrace
 from uoe_peft.training.config import UnlearningConfig
+from uoe_peft.training.objective.anchor import Targets, anchor_term, selects_target, target_rates
 from uoe_peft.training.objective.forward import AnswerOutputs, forward_answers, vocab_size
 from uoe_peft.training.objective.reference import Need, Reference
-from uoe_peft.training.targets import Targets, anchor_term, selects_target, target_rates
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from uoe_peft.data import Batch
 from uoe_peft.losses import answer_positions
-from uoe_peft.training.objective.forward import AnswerOutputs, evaluation_mode, forward_answers
+from uoe_peft.moe.evaluation_mode import evaluation_mode
+from uoe_peft.training.objective.forward import AnswerOutputs, forward_answers
 
 Need = Literal["nll", "hidden"]
 """What is asked of the base model: likelihoods of answers, or hidden states."""

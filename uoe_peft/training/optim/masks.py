@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from uoe_peft.data import Batch
+from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.training.objective.forward import forward_answers
 from uoe_peft.tuner import UOELayer
 
@@ -57,7 +57,7 @@ def weight_attribution_mask(
         raise ValueError(f"mu must be > 0, got {mu}")
     parameters = trainable_parameters(model)
     values = edited_weights(model)
-    with _evaluating(model):
+    with evaluation_mode(model, gradients=True):
         forget_gradients = _mean_gradients(model, forget, parameters.values())
         retain_gradients = {} if retain is None else _mean_gradients(model, retain, parameters.values())
     scores = {}
@@ -126,18 +126,6 @@ def _largest(scores: Mapping[str, Tensor], ratio: float) -> Masks:
     kept[flat.topk(number).indices] = True
     parts = kept.split([score.numel() for score in scores.values()])
     return {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, with gradient."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 class KeepMasked(TrainerCallback):

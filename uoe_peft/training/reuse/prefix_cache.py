@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from uoe_peft.data import Batch, collate
 from uoe_peft.errors import UnsupportedModelError
+from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.segments import (
     LayerState,
     fill_padding,
@@ -31,7 +32,6 @@ from uoe_peft.moe.segments import (
     run_until_layer,
     tolerance,
 )
-from uoe_peft.training.objective.forward import evaluation_mode
 from uoe_peft.training.reuse.store import (
     NothingToCache,
     PrefixCacheUnavailable,

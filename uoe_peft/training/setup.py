@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, s
 from uoe_peft.data import PairedDataset, tokenize_dataset, tokenize_with_alternatives
 from uoe_peft.data.tokenization import ProcessingClass, materialise
 from uoe_peft.training.config import UnlearningConfig
+from uoe_peft.training.objective.anchor import Targets, find_targets
 from uoe_peft.training.reuse.offload import check_can_leave
-from uoe_peft.training.targets import Targets, find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,30 @@ def check_sets(args: UnlearningConfig, forget: Any, retain: Any) -> None:
         )
 
 
+def check_arguments(args: UnlearningConfig, given: Mapping[str, Any]) -> None:
+    """Refuse what `SFTTrainer` takes and unlearning would not use.
+
+    Args:
+        args: `dataset_kwargs` is looked at.
+        given: Further arguments of the trainer.
+
+    Raises:
+        ValueError: One of them is there.
+    """
+    instead = {
+        "data_collator": "rows are padded role by role; set pad_to_multiple_of or pad_token instead",
+        "compute_loss_func": "the loss is what forget_loss and retain_loss name",
+    }
+    for name, advice in instead.items():
+        if given.get(name) is not None:
+            raise ValueError(f"{name} is not used in unlearning: {advice}")
+    if cast(dict[str, Any], args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        raise ValueError(
+            "dataset_kwargs={'skip_prepare_dataset': True} is not used in unlearning; sets with the columns "
+            "'input_ids' and 'labels' are taken as they are, but for truncation to max_length"
+        )
+
+
 def prepare_set(
     dataset: Dataset | IterableDataset,
     processing_class: ProcessingClass,
@@ -51,9 +75,15 @@ def prepare_set(
     formatting_func: Callable[..., Any] | None = None,
 ) -> Dataset:
     """A set as token ids and labels; see `tokenize_dataset`."""
+    dataset = materialise(dataset, name=name)
     # Sets of a dict come here twice in `evaluate`: the second time they are token ids.
-    if formatting_func is not None and "input_ids" not in (dataset.column_names or ()):
-        dataset = dataset.map(lambda row: {args.dataset_text_field: formatting_func(row)})
+    if formatting_func is not None and "input_ids" not in dataset.column_names:
+        dataset = dataset.map(
+            lambda row: {args.dataset_text_field: formatting_func(row)},
+            # The other columns go: 'prompt' or 'messages' would be read before the text.
+            remove_columns=dataset.column_names,
+            num_proc=args.dataset_num_proc,
+        )
     return tokenize_dataset(
         dataset,
         processing_class,
@@ -62,6 +92,7 @@ def prepare_set(
         name=name,
         text_field=args.dataset_text_field,
         truncation_mode=cast(Any, args.truncation_mode),
+        num_proc=args.dataset_num_proc,
     )
 
 
@@ -91,6 +122,7 @@ def pair_sets(
             max_length=args.max_length,
             truncation_mode=cast(Any, args.truncation_mode),
             seed=args.seed,
+            num_proc=args.dataset_num_proc,
         )
     else:
         tokenized = prepare_set(forget, processing_class, args, name="forget", formatting_func=formatting_func)

@@ -1,27 +1,21 @@
-"""The experts that an adapter edits: finding them ("auto"), anchoring the router to them, watching them.
+"""The experts that an adapter edits: which they are, how often tokens reach them, the anchor of the router to them.
 
 Letters: T tokens of a batch, padding included, N answer tokens, K experts per token, M target experts.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from copy import copy
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from uoe_peft import losses
-from uoe_peft.attribution import attribute_experts
 from uoe_peft.moe.routing import LayerRouting
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.tuner import UOEConfig
-
-logger = logging.getLogger(__name__)
 
 Targets = dict[int, list[int]]
 """Target experts by decoder layer."""
@@ -97,42 +91,3 @@ def selects_target(routing: Mapping[int, LayerRouting], targets: Targets, mask: 
         for expert in experts
     ]
     return torch.stack(columns, dim=-1)
-
-
-def resolve_auto(
-    config: UOEConfig,
-    model: nn.Module,
-    forget_dataset: Any,
-    processing_class: Any,
-    *,
-    retain_dataset: Any,
-    args: UnlearningConfig,
-) -> UOEConfig:
-    """A copy of the config with `target_experts="auto"` replaced by what attribution finds on the forget set.
-
-    Raises:
-        ValueError: The model has an adapter already, or `attribution_score="contrast"` without a retain set.
-        UnsupportedModelError: The model has no routed experts.
-    """
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            f"the model has the adapters {sorted(model.peft_config)} already; pass it without peft_config to train "
-            "them, or pass the base model, model.unload()"
-        )
-    attribution = attribute_experts(
-        model,
-        forget_dataset,
-        processing_class=processing_class,
-        score=args.attribution_score,
-        gate=args.attribution_gate,
-        retain_dataset=retain_dataset,
-        batch_size=args.per_device_train_batch_size,
-        max_length=args.max_length,
-        seed=args.seed,
-        show_progress=not args.disable_tqdm,
-    )
-    resolved = copy(config)
-    resolved.target_experts = sorted(attribution.top(args.num_target_experts))
-    resolved.attribution = attribution.metadata()
-    logger.info('target_experts="auto" is %s\n%s', resolved.target_experts, attribution.summary())
-    return resolved
