@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from uoe_peft import losses
@@ -18,42 +17,8 @@ from uoe_peft.moe.routing import RoutingTrace
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.objective.forward import AnswerOutputs, forward_answers, vocab_size
 from uoe_peft.training.objective.reference import Need, Reference
+from uoe_peft.training.objective.step import Denominators, Step
 from uoe_peft.training.targets import Targets, anchor_term, selects_target, target_rates
-
-
-@dataclass(frozen=True)
-class Denominators:
-    """What sums over a batch are divided by: the counts of the whole batch that one optimiser step sees.
-
-    When a step is split over several micro-batches or processes, these are the whole step's counts divided by
-    the number of parts; the average over the parts is then exactly the loss of the whole. None: the part's own.
-    """
-
-    tokens: Tensor | None = None
-    """Answer tokens."""
-    examples: Tensor | None = None
-    context: Tensor | None = None
-    """All tokens but padding."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one pair of batches gave.
-
-    Attributes:
-        terms: "forget", and where they apply "retain" and "anchor": losses before weighting, with gradient. Scalars.
-        metrics: What else is logged. Scalars without gradient.
-        outputs: The model's outputs on the forget batch.
-    """
-
-    terms: dict[str, Tensor]
-    metrics: dict[str, Tensor]
-    outputs: AnswerOutputs
-
-    def loss(self, args: UnlearningConfig) -> Tensor:
-        """The weighted sum of the terms. Scalar."""
-        weights = {"forget": args.forget_weight, "retain": args.retain_weight, "anchor": args.anchor_weight}
-        return torch.stack([weights[name] * term for name, term in self.terms.items()]).sum()
 
 
 @dataclass(frozen=True)

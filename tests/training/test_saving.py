@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests import families
-from uoe_peft.training.checkpoint import load_full_checkpoint
+from uoe_peft.training.saving import load_full_checkpoint
 
 
 def state(model):
