@@ -235,7 +235,8 @@ class UnlearningTrainer(SavingTrainer, EvaluatingTrainer):
 
     def _routing(self) -> AbstractContextManager[RoutingTrace | None]:
         targets = self.objective.targets
-        return record_routing(self.model, layer_indices=sorted(targets)) if targets else nullcontext()
+        layers, device = sorted(targets), self.args.device
+        return record_routing(self.model, layer_indices=layers, device=device) if layers else nullcontext()
 
     def _estimate_curvature(self) -> Estimates:
         batches = cast(dict[str, Batch], self._prepare_inputs(dict(self._step.first)))

@@ -118,9 +118,9 @@ def _check_reached(
     unreached = [name for name, p in parameters.items() if p not in full_deltas and not gradients[p].any()]
     if unreached:
         raise ValueError(
-            f"weight_mask_ratio would freeze {unreached[0]} for ever: it has no gradient on the forget set, as a factor "
-            "of a low-rank delta whose other factor is still zero. Train full deltas (UOEConfig(delta_type='full', "
-            "router_delta_type='full')), or without weight_mask_ratio"
+            f"weight_mask_ratio would freeze {unreached[0]} for ever: it has no gradient on the forget set, as a "
+            "factor of a low-rank delta whose other factor is still zero. Train full deltas "
+            "(UOEConfig(delta_type='full', router_delta_type='full')), or without weight_mask_ratio"
         )
 
 

@@ -234,7 +234,7 @@ def _check(source: PrefixSource, layer_idx: int, batch: Batch) -> LayerState:
 
 
 def _check_noiseless(source: PrefixSource, layer_idx: int, batch: Batch, state: LayerState, rounding: float) -> None:
-    mask = batch["attention_mask"].bool()
+    mask = batch["attention_mask"].to(_hidden_states(state).device).bool()
     expected = _hidden_states(state)[mask].float()
     found = _hidden_states(source.state(layer_idx, batch))[mask].float()
     if (found - expected).square().mean().sqrt() > rounding * expected.std():
