@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallba
 from transformers.utils import logging as transformers_logging
 
 from uoe_peft import UnlearningConfig, UnlearningTrainer, UOEConfig
-from uoe_peft.training.config import ForgetLoss
+from uoe_peft.training.choices import ForgetLoss
 
 Arm = tuple[int, bool]
 """Number of epochs, and whether there is a cache."""

@@ -44,7 +44,7 @@ from uoe_peft import (
 from uoe_peft.attribution.scores import Score
 from uoe_peft.cli.training_bar import TrainingBar
 from uoe_peft.data import collate, tokenize_dataset
-from uoe_peft.training.config import ForgetLoss
+from uoe_peft.training.choices import ForgetLoss
 
 
 @dataclass

@@ -17,6 +17,7 @@ PACKAGE = "uoe_peft"
 # The rooms by floor: a room may import rooms of lower floors only, so rooms of one floor do not know each other.
 FLOORS: dict[str, int] = {
     "errors": 0,
+    "precision": 0,
     "losses": 0,
     "evaluation.metrics": 0,
     "moe": 1,
@@ -58,6 +59,7 @@ ROOMS: dict[str, set[str]] = {
 # Packages from outside. Rooms of the highest floor may import every dependency.
 OUTSIDE: dict[str, set[str]] = {
     "errors": set(),
+    "precision": {"torch"},
     "losses": {"torch"},
     "evaluation.metrics": {"torch", "numpy", "rouge_score", "scipy", "sklearn"},
     "moe": {"torch", "transformers", "typing_extensions"},

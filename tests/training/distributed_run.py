@@ -55,7 +55,7 @@ def main(output: Path, batch_size: int, *, starve: bool, rmu: bool) -> None:
     def watch(model, inputs, *args, **kwargs):
         pairs.append(list(zip(inputs["forget"]["index"].tolist(), inputs["retain"]["index"].tolist(), strict=True)))
         caches[:] = [path.name for path in Path(tempfile.gettempdir()).glob("uoe-prefix-*")]
-        from_cache.append(trainer._prefix is not None)
+        from_cache.append(trainer.reuse.from_cache)
         return compute_loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = watch

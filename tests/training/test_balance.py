@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from uoe_peft.training.balance import forget_retain_balance
 
@@ -41,7 +42,7 @@ def test_training_ends_with_the_best_checkpoint(make_trainer, uoe_model, sets):
 
     def watch(*args, **kwargs):
         metrics = evaluate(*args, **kwargs)
-        if "eval_balance" in metrics:
+        if {"eval_balance", "eval_forget_loss"} <= metrics.keys():
             expected = forget_retain_balance(metrics["eval_forget_loss"], metrics["eval_retain_loss"])
             assert metrics["eval_balance"] == expected
             weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -57,3 +58,38 @@ def test_training_ends_with_the_best_checkpoint(make_trainer, uoe_model, sets):
         if parameter.requires_grad:
             assert torch.equal(parameter, weights[name])
     assert sum("eval_balance" in log for log in trainer.state.log_history) == 4
+
+
+def test_early_stopping_sees_it(make_trainer, uoe_model, sets):
+    trainer = make_trainer(
+        uoe_model,
+        eval_dataset={"retain": sets[1], "other": sets[1], "forget": sets[0]},
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=6,
+        learning_rate=0.0,
+        load_best_model_at_end=True,
+        metric_for_best_model="balance",
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3  # the first is the best, and two are no better
+    logged = [entry["eval_balance"] for entry in trainer.state.log_history if "eval_balance" in entry]
+    assert len(logged) == 3 and len(set(logged)) == 1
+
+
+def test_it_is_of_two_sets_that_are_evaluated_together(make_trainer, uoe_model, sets):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            seen.append(sorted(name for name in metrics if name.endswith("balance")))
+
+    trainer = make_trainer(uoe_model, callbacks=[Look()])
+    forget, retain = sets
+    trainer.evaluate({"forget": forget})
+    trainer.evaluate(retain, metric_key_prefix="eval_retain")
+    trainer.evaluate({"retain": retain, "forget": forget}, metric_key_prefix="test")
+    assert seen == [[], [], [], ["test_balance"]]

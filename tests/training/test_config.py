@@ -5,7 +5,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from uoe_peft.training import UnlearningConfig
-from uoe_peft.training.config import ForgetLoss
+from uoe_peft.training.choices import ForgetLoss
 
 
 def test_defaults_are_the_papers():

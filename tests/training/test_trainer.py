@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 
+from uoe_peft import precision
 from uoe_peft.attribution import AttributionWarning
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.training import UnlearningConfig, UnlearningTrainer
@@ -197,6 +198,51 @@ def test_every_term_is_logged(make_trainer, uoe_model):
     assert all(math.isfinite(logs[name]) for name in names)
     assert 0 < logs["forget_selection_overlap"] <= 1
     assert logs["num_tokens"] > 0
+
+
+def test_the_shares_that_reach_the_target_come_with_the_passes_that_run_anyway(make_trainer, build, monkeypatch):
+    """Against a count on the plain base model; and without a request no pass is added."""
+    base, passes = build.model().eval(), []
+    trainer = make_trainer(build.uoe(build.model()), max_steps=1, per_device_train_batch_size=8, logging_steps=1)
+    trainer.model.register_forward_pre_hook(lambda *args: passes.append(1))
+    sets, chosen = trainer.train_dataset.sets, []
+    base.model.layers[1].mlp.experts.register_forward_pre_hook(lambda experts, args: chosen.append(args[1] == 2))
+    trainer.train_dataset.set_epoch(0)
+    expected = {}
+    for role in ("forget", "retain"):
+        chosen.clear()
+        for index in (trainer.train_dataset[i][role]["index"] for i in range(8)):
+            base(torch.tensor([sets[role][index]["input_ids"]]))
+        expected[role] = torch.cat(chosen).any(dim=-1).float().mean().item()
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["target_activation_rate"] == pytest.approx(expected["forget"], abs=1e-6)
+    assert logs["retain_activation_rate"] == pytest.approx(expected["retain"], abs=1e-6)
+    assert not any("overlap" in name for name in logs)
+    assert len(passes) == 3  # forget, its reference, retain
+
+
+def test_a_slow_type_is_said_before_training(make_trainer, build, monkeypatch, caplog):
+    monkeypatch.setattr("uoe_peft.precision.is_slow", lambda dtype, device: dtype == torch.bfloat16)
+    precision._say.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="uoe_peft"):
+        make_trainer(build.uoe(build.model()))
+        assert "computes in" not in caplog.text
+        make_trainer(build.uoe(build.model().bfloat16()))
+    assert "computes in bfloat16" in caplog.text
+
+
+def test_auto_is_what_the_first_process_found(make_trainer, build, monkeypatch):
+    def first(objects, from_process=0):
+        assert objects[0].target_experts != [(0, 5)] and from_process == 0
+        objects[0].target_experts = [(0, 5)]
+        return objects
+
+    monkeypatch.setattr("uoe_peft.training.processes.broadcast_object_list", first)
+    trainer = make_trainer(
+        build.model(), peft_config=UOEConfig(target_experts="auto"), attribution_score="random", seed=1
+    )
+    assert trainer.model.peft_config["default"].target_experts == [(0, 5)]
 
 
 def test_a_fresh_adapter_selects_the_base_models_experts(make_trainer, uoe_model):

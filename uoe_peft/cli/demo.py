@@ -34,7 +34,7 @@ from uoe_peft.cli.training_bar import TrainingBar
 from uoe_peft.evaluation import UnlearningReport, evaluate_unlearning
 from uoe_peft.testbed import FORGET_TOPIC, TOPICS, checkpoint_path, load_facts
 from uoe_peft.training import UnlearningConfig, UnlearningTrainer
-from uoe_peft.training.config import ForgetLoss
+from uoe_peft.training.choices import ForgetLoss
 from uoe_peft.tuner import UOEConfig
 
 console = Console(highlight=False, soft_wrap=True)

@@ -36,6 +36,12 @@ class LayerRouting:
     top_k_index: Tensor
     top_k_weights: Tensor
 
+    def to(self, device: torch.device | None) -> LayerRouting:
+        """The same on a device; None leaves it where the layer is."""
+        if device is None:
+            return self
+        return LayerRouting(self.scores.to(device), self.top_k_index.to(device), self.top_k_weights.to(device))
+
 
 @dataclass
 class _Recorded:
@@ -101,7 +107,8 @@ class RoutingTrace(Mapping[int, LayerRouting]):
     last pass.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[MoEBlock]) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[MoEBlock], device: torch.device | None = None) -> None:
+        self._device = device
         self._recorders = {block.layer_idx: _Recorder(model, block) for block in blocks}
 
     def __getitem__(self, layer_idx: int) -> LayerRouting:
@@ -110,7 +117,7 @@ class RoutingTrace(Mapping[int, LayerRouting]):
                 f"no routing of layer {layer_idx} is recorded; recorded are {list(self)} of the layers "
                 f"{sorted(self._recorders)}. Run a forward pass inside the context first"
             )
-        return _layer_routing(self._recorders[layer_idx])
+        return _layer_routing(self._recorders[layer_idx]).to(self._device)
 
     def __contains__(self, layer_idx: object) -> bool:
         return layer_idx in list(self)
@@ -132,7 +139,9 @@ class RoutingTrace(Mapping[int, LayerRouting]):
 
 
 @contextmanager
-def record_routing(model: nn.Module, *, layer_indices: Sequence[int] | None = None) -> Iterator[RoutingTrace]:
+def record_routing(
+    model: nn.Module, *, layer_indices: Sequence[int] | None = None, device: torch.device | None = None
+) -> Iterator[RoutingTrace]:
     """The routing decisions of the forward passes inside the context, always of the latest one.
 
     Scores carry gradient where autograd records (with gradient checkpointing: its non-reentrant form; the reentrant
@@ -141,6 +150,7 @@ def record_routing(model: nn.Module, *, layer_indices: Sequence[int] | None = No
     Args:
         model: Any model with routed experts, wrapped by PEFT or not.
         layer_indices: Decoder layers to record; None for all with routed experts.
+        device: Where lookups give the routing of every layer, for models on several devices; None: where it is.
 
     Yields:
         A mapping from decoder layer index to `LayerRouting`, empty until a forward pass has run.
@@ -151,7 +161,7 @@ def record_routing(model: nn.Module, *, layer_indices: Sequence[int] | None = No
         ValueError: `layer_indices` is empty or names a layer without routed experts.
     """
     blocks = select_blocks(model, layer_indices)
-    trace = RoutingTrace(model, blocks)
+    trace = RoutingTrace(model, blocks, device)
     handles = trace._hook()
     try:
         yield trace

@@ -3,44 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from trl.trainer.sft_config import SFTConfig
 
 from uoe_peft.attribution.scores import Score
-
-ForgetLoss = Literal[
-    "grad_ascent",
-    "npo",
-    "simnpo",
-    "rmu",
-    "dpo",
-    "idk",
-    "undial",
-    "wga",
-    "satimp",
-    "random_label",
-    "adversarial_label",
-]
-RetainLoss = Literal["none", "nll", "kl", "embed_diff"]
-SophiaEstimator = Literal["squared_gradient", "gauss_newton_bartlett", "hutchinson"]
-
-_CHOICES = {
-    "forget_loss": get_args(ForgetLoss),
-    "retain_loss": get_args(RetainLoss),
-    "anchor_scores": ("softmax", "topk"),
-    "anchor_reduction": ("token", "mean_gate"),
-    "npo_reduction": ("sum", "mean"),
-    "retain_token_weights": ("none", "trace"),
-    "attribution_score": get_args(Score),
-    "attribution_gate": ("softmax", "applied"),
-    "prefix_cache": ("auto", True, False),
-    "sophia_estimator": get_args(SophiaEstimator),
-}
-
-# The papers' own defaults; one place for all of them.
-_DEFAULT_BETA: dict[str, float] = {"npo": 0.1, "simnpo": 4.5, "dpo": 0.1, "undial": 10.0, "wga": 1.0, "rmu": 5.0}
+from uoe_peft.training.choices import CHOICES, DEFAULT_BETA, ForgetLoss, ReferenceKind, RetainLoss, SophiaEstimator
 
 
 @dataclass
@@ -70,6 +39,9 @@ class UnlearningConfig(SFTConfig):
         simnpo_delta: Margin of "simnpo", in nats per token.
         satimp_beta1: Exponent of the probability in "satimp".
         satimp_beta2: Exponent of one minus the probability.
+        reference: What "npo", "dpo", "undial", adaptive "rmu", "kl" and "embed_diff" compare the model with. "current":
+            the model as it was given, without the adapter that is trained: adapters that are active but frozen, of
+            earlier requests, stay on. "base": without any adapter. With one adapter both are the base model.
         rmu_layer: Decoder layer whose output "rmu" and "embed_diff" read. None: the last layer that the UOE adapter
             edits. Their passes end there; accuracy and likelihood, which need the whole model, are measured at the
             steps that are logged (every tenth, where the log has one entry an epoch).
@@ -84,16 +56,17 @@ class UnlearningConfig(SFTConfig):
         num_target_experts: How many experts "auto" selects; the paper finds one to be best.
         stop_when_forget_accuracy: Stop once the token accuracy on forget batches, averaged over the steps between two
             logs (with "rmu": at the step that is logged), is at or below this. None: never.
-        log_routing: Log, at each logging step, how far selected experts overlap with the base model's on forget and
+        log_routing: Log, at each logging step, how far selected experts overlap with the reference's on forget and
             retain tokens. Costs two forward passes of each batch at these steps, from the lowest edited layer on where
-            there is a prefix cache: layers below it select as ever.
+            there is a prefix cache: layers below it select as ever. Shares of the tokens that reach the target experts
+            are always logged: they come with the passes that run anyway.
         prefix_cache: Compute what enters the lowest edited layer once for each example, keep it on disk, and start
             every step there. "auto": where examples come up more than once and the model, tried on two of its rows,
             gives the same results; otherwise training says why and runs the whole model. True: raise instead. False:
             never. Results equal those of the whole model to the rounding of its dtype.
         prefix_cache_dir: Where the cache is kept for later runs on the same model and rows, and beside it what the base
             model says of them: likelihoods ("npo", "dpo") and hidden states (adaptive "rmu", "embed_diff"). It is found
-            by what it depends on, all weights of the base model included. None: a temporary folder that is removed
+            by what it depends on, all weights of the reference included. None: a temporary folder that is removed
             after training. With several processes the first of each machine fills it, and the others
             wait for it, at most `ddp_timeout`.
         offload_prefix: Take the layers below the lowest edited one off the device during training, so that a model
@@ -113,8 +86,8 @@ class UnlearningConfig(SFTConfig):
         sophia_rho: Scale of its curvature, > 0: the larger, the fewer weights move by the full learning rate.
         weight_mask_ratio: Train only this share of the trainable weights, those that WAGLE finds on the first
             epoch (https://arxiv.org/abs/2410.17509); the others do not move by a bit, whatever `optim` and
-            `weight_decay`. Costs as much as that epoch, and memory for two copies of the trained weights. None:
-            train all.
+            `weight_decay`. Not for fresh low-rank deltas, where one factor has no gradient yet. Costs as much as that
+            epoch, and memory for two copies of the trained weights. None: train all.
         weight_mask_mu: Curvature of the retain loss in WAGLE, > 0.
         metric_for_best_model: As in transformers. With an `eval_dataset` of `{"forget": ..., "retain": ...}` there is
             also "balance", the harmonic mean of `1 - exp(-forget loss)` and `exp(-retain loss)`: with
@@ -151,6 +124,9 @@ class UnlearningConfig(SFTConfig):
     simnpo_delta: float = field(default=0.0, metadata={"help": "Margin of simnpo, nats per token."})
     satimp_beta1: float = field(default=5.0, metadata={"help": "Exponent of p in satimp."})
     satimp_beta2: float = field(default=1.0, metadata={"help": "Exponent of 1 - p in satimp."})
+    reference: ReferenceKind = field(
+        default="current", metadata={"help": "What losses compare with: active frozen adapters on, or none."}
+    )
     rmu_layer: int | None = field(default=None, metadata={"help": "Layer that rmu and embed_diff read."})
     rmu_coefficient: float | None = field(default=None, metadata={"help": "c of rmu; None: adaptive."})
     rmu_seed: int = field(default=0, metadata={"help": "Seed of rmu's direction."})
@@ -166,7 +142,7 @@ class UnlearningConfig(SFTConfig):
     stop_when_forget_accuracy: float | None = field(
         default=None, metadata={"help": "Stop once forget token accuracy is at or below this."}
     )
-    log_routing: bool = field(default=True, metadata={"help": "Log routing overlap with the base model."})
+    log_routing: bool = field(default=False, metadata={"help": "Log routing overlap with the reference."})
     prefix_cache: Literal["auto", True, False] = field(
         default="auto", metadata={"help": "Start every step at the lowest edited layer."}
     )
@@ -210,7 +186,7 @@ class UnlearningConfig(SFTConfig):
     @property
     def forget_beta(self) -> float:
         """`beta`, or the forget loss's own default; for losses without one, 0."""
-        return _DEFAULT_BETA.get(self.forget_loss, 0.0) if self.beta is None else self.beta
+        return DEFAULT_BETA.get(self.forget_loss, 0.0) if self.beta is None else self.beta
 
     @property
     def needs_retain(self) -> bool:
@@ -227,7 +203,7 @@ class UnlearningConfig(SFTConfig):
                 setattr(self, new, getattr(self, old))
 
     def _check_choices(self) -> None:
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
 

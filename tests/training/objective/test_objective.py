@@ -6,7 +6,7 @@ import torch
 
 from uoe_peft import losses
 from uoe_peft.moe.routing import record_routing
-from uoe_peft.training.config import ForgetLoss
+from uoe_peft.training.choices import ForgetLoss
 from uoe_peft.training.objective.anchor import anchor_term
 
 FORGET_LOSSES = get_args(ForgetLoss)
@@ -14,7 +14,6 @@ BOUNDED_BELOW_ZERO = ("grad_ascent", "wga", "satimp")
 
 
 def one_batch(trainer):
-    trainer._denominators = {}
     rows = [trainer.train_dataset[i] for i in (0, 3, 5)]
     return trainer.data_collator(rows)
 

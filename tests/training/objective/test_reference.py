@@ -1,9 +1,12 @@
+from copy import deepcopy
+
 import pytest
 import torch
 
 from uoe_peft.data import collate_groups
 from uoe_peft.training.objective.forward import forward_answers
 from uoe_peft.training.objective.reference import Reference
+from uoe_peft.tuner import UOEConfig
 
 ROWS = [
     {"forget": {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "index": 3}},
@@ -76,3 +79,71 @@ def test_precomputed_values_belong_to_an_example_not_to_a_place(build):
     expected = forward_answers(model, swapped, hidden_layer=1)
     torch.testing.assert_close(reference.nll(model, "forget", swapped), expected.nll())
     torch.testing.assert_close(reference.hidden(model, "forget", swapped), expected.hidden)
+
+
+@pytest.fixture
+def two_requests(build):
+    """An earlier adapter, active and frozen, and one that is trained; and what the first alone makes of the base."""
+    model = build.uoe(build.model())
+    edit(model)
+    first_alone = deepcopy(model).merge_and_unload()
+    model.add_adapter("second", UOEConfig(target_experts=[(1, 2), (2, 4)]))
+    model.base_model.set_adapter(["default", "second"])
+    model.set_requires_grad("default", False)
+    edit(model)
+    return model, first_alone.eval()
+
+
+def test_earlier_adapters_stay_on_in_the_current_reference(two_requests, build):
+    model, first_alone = two_requests
+    now = forward_answers(model, BATCH).logits
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    for kind, expected in (("current", first_alone), ("base", build.model().eval())):
+        found = Reference(model, kind=kind).answers(model, BATCH).logits
+        torch.testing.assert_close(found, forward_answers(expected, BATCH).logits)
+        assert torch.equal(forward_answers(model, BATCH).logits, now)  # both are on again
+        assert model.active_adapters == ["default", "second"]
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert not any(".default." in name for name in trainable)
+
+
+def test_adapters_that_are_all_trained_are_all_off(two_requests, build):
+    model, _ = two_requests
+    model.set_requires_grad("default", True)
+    found = Reference(model, kind="current").answers(model, BATCH).logits
+    torch.testing.assert_close(found, forward_answers(build.model().eval(), BATCH).logits)
+
+
+def test_both_come_back_after_an_error(two_requests):
+    model, _ = two_requests
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(KeyError), Reference(model).base_model():
+        raise KeyError
+    assert model.active_adapters == ["default", "second"]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("loss", ["npo", "dpo", "undial", "kl", "embed_diff"])
+def test_losses_compare_with_the_first_request(two_requests, make_trainer, loss, prefix_cache):
+    """Switched off, the second adapter equals the reference: what compares with it is then at its least."""
+    model, _ = two_requests
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".second." in name:
+                parameter.zero_()
+    name = "retain_loss" if loss in ("kl", "embed_diff") else "forget_loss"
+    options = {"max_steps": 4, "logging_steps": 1, "prefix_cache": prefix_cache, "learning_rate": 0.0, name: loss}
+    logs = {}
+    for reference in ("current", "base"):
+        trainer = make_trainer(model, reference=reference, **options)
+        trainer.train()
+        logs[reference] = trainer.state.log_history[0]
+    if loss in ("npo", "dpo"):
+        assert logs["current"]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+        assert abs(logs["base"]["rewards/margins"]) > 1e-3
+    elif loss == "undial":
+        assert logs["current"]["loss_forget"] != pytest.approx(logs["base"]["loss_forget"], rel=1e-3)
+    else:
+        assert logs["current"]["loss_retain"] == pytest.approx(0, abs=1e-6)
+        assert logs["base"]["loss_retain"] > 1e-3

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from uoe_peft.data import collate
+from uoe_peft.training import processes
 from uoe_peft.training.optim.masks import edited_weights, weight_attribution_mask
 
 FORGET = collate([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}], pad_token_id=0)
@@ -83,6 +84,36 @@ def test_a_gradient_that_is_not_finite_is_named(uoe_model):
         weight_attribution_mask(uoe_model, [FORGET], None, ratio=0.5)
 
 
+@pytest.mark.parametrize("low_rank", ["lora", "delta_type", "router_delta_type"])
+def test_a_factor_without_gradient_is_refused_rather_than_frozen_for_ever(build, low_rank):
+    options = {} if low_rank == "lora" else {low_rank: "low_rank", "r": 3}
+    model = build.lora(build.model()) if low_rank == "lora" else build.uoe(build.model(), **options)
+    with pytest.raises(ValueError, match=r"would freeze .*_A\..* for ever: it has no gradient"):
+        weight_attribution_mask(model, [FORGET], None, ratio=0.5)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.1)
+    masks = weight_attribution_mask(model, [FORGET], None, ratio=0.95)
+    assert any(mask.any() for name, mask in masks.items() if "_A." in name)
+
+
+def test_processes_take_the_first_ones_mask(make_trainer, uoe_model, monkeypatch):
+    """Two processes whose gradients differ in a last bit would else move different weights."""
+    said = {}
+
+    def broadcast(mask, from_process=0):
+        assert from_process == 0
+        said[len(said)] = torch.zeros_like(mask)
+        return said[len(said) - 1]
+
+    monkeypatch.setattr(processes, "broadcast", broadcast)
+    trainer = make_trainer(uoe_model, weight_mask_ratio=0.5, max_steps=1)
+    before = start(trainer)
+    trainer.train()
+    assert len(said) == len(before) == 3
+    assert all(torch.equal(p, before[name]) for name, p in trainable(trainer.model).items())
+
+
 # ---- Through training ----
 
 
@@ -95,8 +126,8 @@ def start(trainer):
 def test_masked_weights_do_not_move_by_a_bit(make_trainer, build, optim, kind):
     model = build.model() if kind == "all" else getattr(build, kind)(build.model())
     trainer = make_trainer(model, optim=optim, weight_mask_ratio=0.25, weight_decay=0.5, learning_rate=0.1, max_steps=3)
-    if kind == "uoe":
-        with torch.no_grad():  # a delta of zeros would not show weight decay
+    if kind != "all":
+        with torch.no_grad():  # a delta of zeros would not show weight decay; a fresh low-rank one is refused
             for parameter in trainable(trainer.model).values():
                 parameter.normal_(std=0.02)
     before, masks = start(trainer), {}

@@ -22,8 +22,9 @@ from tests.families import build as build_family
 from uoe_peft.data import PairedDataset, collate
 from uoe_peft.moe import find_moe_blocks
 from uoe_peft.training.reuse import store as prefix_store
-from uoe_peft.training.reuse.choice import rows_in_training
-from uoe_peft.training.reuse.prefix_cache import PrefixSource, cache_key, lowest_edited_layer, prefix_cache
+from uoe_peft.training.reuse.edited import lowest_edited_layer
+from uoe_peft.training.reuse.prefix_cache import PrefixSource, cache_key, prefix_cache
+from uoe_peft.training.reuse.rows import rows_in_training
 from uoe_peft.training.reuse.store import (
     NothingToCache,
     PrefixCacheUnavailable,

@@ -16,7 +16,8 @@ from uoe_peft.training.objective.reference import Reference
 from uoe_peft.training.reuse import reference_store
 from uoe_peft.training.reuse.reference_store import example_digest, keep_reference
 from uoe_peft.training.reuse.store import PrefixCacheUnavailable, StateFolder, StateStore, open_store
-from uoe_peft.training.reuse.store_key import base_weights, weights_key
+from uoe_peft.training.reuse.store_key import reference_weights, weights_key
+from uoe_peft.tuner import UOEConfig, UOELayer
 
 HIDDEN = {"forget_loss": "rmu", "retain_loss": "embed_diff", "rmu_layer": 1}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 3}
@@ -216,7 +217,8 @@ def test_likelihoods_come_back_as_they_were_computed(build, tmp_path, asked) -> 
 
 def test_the_key_is_of_the_base_weights_not_of_adapters(build) -> None:
     def key(model: Any) -> str:
-        return weights_key(model, base_weights(model), context=torch.no_grad)
+        described, weights = reference_weights(model)
+        return weights_key(model, weights, described, context=torch.no_grad)
 
     torch.manual_seed(1)
     models = [build.uoe(build.model()), build.uoe(build.model(), delta_type="low_rank", r=2)]
@@ -230,3 +232,24 @@ def test_the_key_is_of_the_base_weights_not_of_adapters(build) -> None:
         with torch.no_grad():
             changed.get_base_model().get_submodule(part).weight[0, 0] += 1e-6
         assert key(changed) != key(models[0]), part
+
+
+def test_the_key_is_also_of_the_adapters_that_stay_on(build) -> None:
+    """Of what they are and where: two deltas of the same shapes may edit different experts."""
+
+    def key(expert: int, *, value: float = 0.5, scale: float = 1.0, second: float = 0.0, on: Any = ("default",)) -> str:
+        model = build.uoe(build.model(), target_experts=[(1, expert)], train_router=False)
+        model.add_adapter("second", UOEConfig(target_experts=[(2, 3)]))
+        for name, parameter in model.named_parameters():
+            if "uoe_" in name:
+                torch.nn.init.constant_(parameter, value if ".default." in name else second)
+        for layer in model.modules():
+            if isinstance(layer, UOELayer):
+                layer.set_scale("default", scale)
+        described, weights = reference_weights(model, on)
+        return weights_key(model, weights, described, context=torch.no_grad)
+
+    assert key(2) == key(2) == key(2, second=9.0)
+    others = [key(4), key(2, value=0.25), key(2, scale=0.5), key(2, on=()), key(2, on=("default", "second"))]
+    assert len({key(2), *others}) == 6
+    assert key(2, on=()) == key(2, value=0.25, on=())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from uoe_peft.training.config import ForgetLoss
+from uoe_peft.training.choices import ForgetLoss
 from uoe_peft.training.reuse import shortcuts
 
 RMU = {"forget_loss": "rmu", "retain_loss": "embed_diff"}

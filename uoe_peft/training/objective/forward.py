@@ -141,7 +141,7 @@ def forward_answers(
             predictions = _logits_in_chunks(model, batch, positions, cast(int, logits_at_once))
         else:
             predictions = _logits_at_once(model, batch, positions)
-    hidden = outputs[-1][positions] if outputs else None
+    hidden = _at(outputs[-1], positions) if outputs else None
     return AnswerOutputs(targets, rows, labels.shape[0], predictions, hidden)
 
 
@@ -151,12 +151,37 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 
 def _logits_at_once(model: nn.Module, batch: Batch, positions: Tensor) -> AnswerLogits:
     if not _accepts_logits_to_keep(model):
-        return AnswerLogits(model(**_inputs(batch), use_cache=False).logits[positions])
+        return AnswerLogits(_at(model(**_inputs(batch), use_cache=False).logits, positions))
     # Prompts are often longer than answers, and the vocabulary is the largest dimension of all: the LM head is
     # applied only where some row of the batch predicts an answer token.
     columns = positions.any(dim=0).nonzero().squeeze(1)
-    logits = model(**_inputs(batch), use_cache=False, logits_to_keep=columns).logits
-    return AnswerLogits(logits[positions[:, columns]])
+    if _is_spread(model) and len(columns):
+        # The last layer's device is not that of the columns, which the model cannot know: all from the first one on.
+        columns = torch.arange(int(columns[0]), positions.shape[1], device=columns.device)
+        keep: Tensor | int = len(columns)
+    else:
+        keep = columns
+    logits = model(**_inputs(batch), use_cache=False, logits_to_keep=keep).logits
+    return AnswerLogits(_at(logits, positions[:, columns]))
+
+
+def _at(values: Tensor, positions: Tensor) -> Tensor:
+    """Values at some positions, on the positions' device: of a model on several devices layers and batches differ.
+
+    Args:
+        values: Shape `(B, S, ...)`.
+        positions: Bool, N of them True. Shape `(B, S)`.
+
+    Returns:
+        Shape `(N, ...)`.
+    """
+    return values[positions.to(values.device)].to(positions.device)
+
+
+def _is_spread(model: nn.Module) -> bool:
+    """Whether the model's parts are on several devices (`device_map`)."""
+    placed = getattr(_unwrapped(model), "hf_device_map", None) or {}
+    return len({str(device) for device in placed.values()}) > 1
 
 
 def _logits_in_chunks(model: nn.Module, batch: Batch, positions: Tensor, logits_at_once: int) -> AnswerLogits:
@@ -166,10 +191,10 @@ def _logits_in_chunks(model: nn.Module, batch: Batch, positions: Tensor, logits_
     (output,) = outputs
 
     def head(hidden: Tensor) -> Tensor:
-        return apply_lm_head(whole, output, hidden)
+        return apply_lm_head(whole, output, hidden).to(positions.device)
 
     size = max(1, logits_at_once // vocab_size(model))
-    return AnswerLogits(output.last_hidden_state[positions], head, size)
+    return AnswerLogits(_at(output.last_hidden_state, positions), head, size)
 
 
 def head_is_exact(model: nn.Module, batch: Batch) -> bool:

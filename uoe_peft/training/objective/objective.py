@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from uoe_peft import losses
@@ -19,41 +18,8 @@ from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.objective.anchor import Targets, anchor_term, selects_target, target_rates
 from uoe_peft.training.objective.forward import AnswerOutputs, forward_answers, vocab_size
 from uoe_peft.training.objective.reference import Need, Reference
-
-
-@dataclass(frozen=True)
-class Denominators:
-    """What sums over a batch are divided by: the counts of the whole batch that one optimiser step sees.
-
-    When a step is split over several micro-batches or processes, these are the whole step's counts divided by
-    the number of parts; the average over the parts is then exactly the loss of the whole. None: the part's own.
-    """
-
-    tokens: Tensor | None = None
-    """Answer tokens."""
-    examples: Tensor | None = None
-    context: Tensor | None = None
-    """All tokens but padding."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one pair of batches gave.
-
-    Attributes:
-        terms: "forget", and where they apply "retain" and "anchor": losses before weighting, with gradient. Scalars.
-        metrics: What else is logged. Scalars without gradient.
-        outputs: The model's outputs on the forget batch.
-    """
-
-    terms: dict[str, Tensor]
-    metrics: dict[str, Tensor]
-    outputs: AnswerOutputs
-
-    def loss(self, args: UnlearningConfig) -> Tensor:
-        """The weighted sum of the terms. Scalar."""
-        weights = {"forget": args.forget_weight, "retain": args.retain_weight, "anchor": args.anchor_weight}
-        return torch.stack([weights[name] * term for name, term in self.terms.items()]).sum()
+from uoe_peft.training.objective.rewards import reward_metrics
+from uoe_peft.training.objective.step import Denominators, Step
 
 
 @dataclass(frozen=True)
@@ -104,11 +70,14 @@ class Objective:
             metrics["target_activation_rate"] = forget_rates.mean()
             if self.args.anchor_weight > 0:
                 terms["anchor"] = anchor_term(trace, self.targets, mask, args=self.args, denominator=counts.context)
-        terms["forget"] = self.forget(model, batches, outputs, counts)
+        terms["forget"] = self.forget(model, batches, outputs, counts, metrics)
         if "retain" in batches:
             retain = batches["retain"]
             kept = self._run(model, retain, self.retain_layer, with_likelihood=with_likelihood)
             metrics |= _likelihood("retain", kept)
+            if trace is not None:
+                rates = target_rates(trace, self.targets, retain["attention_mask"])
+                metrics["retain_activation_rate"] = rates.mean()
             weights = self._token_weights(trace, retain, forget_rates)
             counts = denominators.get("retain", no_counts)
             terms["retain"] = self.retain(model, retain, kept, counts, token_weights=weights)
@@ -170,7 +139,12 @@ class Objective:
         return self.reference.hidden_layer if self.args.retain_loss == "embed_diff" else None
 
     def forget(
-        self, model: nn.Module, batches: Mapping[str, Batch], outputs: AnswerOutputs, denominators: Denominators
+        self,
+        model: nn.Module,
+        batches: Mapping[str, Batch],
+        outputs: AnswerOutputs,
+        denominators: Denominators,
+        metrics: dict[str, Tensor],
     ) -> Tensor:
         """The forget loss.
 
@@ -179,6 +153,7 @@ class Objective:
             batches: "forget", and "alternative" for "dpo" and "idk".
             outputs: The model's outputs on the forget batch.
             denominators: Of the forget batch.
+            metrics: Takes what the loss finds on its way, see `reward_metrics`.
 
         Returns:
             Scalar, before weighting.
@@ -198,6 +173,7 @@ class Objective:
                 nll, ref_nll = outputs.nll(), self.reference.nll(model, "forget", batch)
                 if args.npo_reduction == "mean":
                     nll, ref_nll = nll / outputs.lengths, ref_nll / outputs.lengths
+                metrics |= reward_metrics(args.forget_beta * (ref_nll - nll))
                 return losses.npo_loss(nll, ref_nll, beta=args.forget_beta, denominator=examples)
             case "simnpo":
                 return losses.simnpo_loss(
@@ -208,14 +184,11 @@ class Objective:
                     denominator=examples,
                 )
             case "dpo":
-                return losses.dpo_loss(
-                    outputs.nll(),
-                    self.reference.nll(model, "forget", batch),
-                    self._run(model, batches["alternative"], None).nll(),
-                    self.reference.nll(model, "alternative", batches["alternative"]),
-                    beta=args.forget_beta,
-                    denominator=examples,
-                )
+                nll, ref_nll = outputs.nll(), self.reference.nll(model, "forget", batch)
+                other = self._run(model, batches["alternative"], None).nll()
+                ref_other = self.reference.nll(model, "alternative", batches["alternative"])
+                metrics |= reward_metrics(args.forget_beta * (ref_nll - nll), args.forget_beta * (ref_other - other))
+                return losses.dpo_loss(nll, ref_nll, other, ref_other, beta=args.forget_beta, denominator=examples)
             case "idk":
                 # Per answer, not per token: the counts of the forget batch are then those of this batch, too.
                 said = self._run(model, batches["alternative"], None).nll("mean")

@@ -1,6 +1,9 @@
-"""What the base model says: the same model with the adapter disabled, never a second copy.
+"""What the reference says: the same model without the adapter that is trained, never a second copy.
 
-A base model that is not trained says the same of an example in every epoch, so likelihoods are computed
+Under `reference="current"` adapters that are active but not trained stay on, so that a later request starts from what
+earlier ones left; under "base" every adapter is off.
+
+A reference that is not trained says the same of an example in every epoch, so likelihoods are computed
 once, before the first step, in a fixed order: resuming then sees the very same numbers. Hidden states are larger:
 they are computed before where they can be kept on disk, see :mod:`uoe_peft.training.reuse.reference_store`. A
 model that is trained in full has no base model left once training has begun; what is needed is computed before.
@@ -11,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -20,18 +23,20 @@ from torch import Tensor, nn
 from uoe_peft.data import Batch
 from uoe_peft.losses import answer_positions
 from uoe_peft.moe.evaluation_mode import evaluation_mode
+from uoe_peft.training.choices import ReferenceKind
 from uoe_peft.training.objective.forward import AnswerOutputs, forward_answers
 
 Need = Literal["nll", "hidden"]
-"""What is asked of the base model: likelihoods of answers, or hidden states."""
+"""What is asked of the reference: likelihoods of answers, or hidden states."""
 
 
 @dataclass
 class Reference:
-    """The base model's view of batches.
+    """The reference's view of batches.
 
     Attributes:
         model: The trained model: with an adapter, or trained in full.
+        kind: Which of its adapters are off. With one active adapter both kinds are the base model.
         hidden_layer: Decoder layer whose output counts as hidden state; None where no loss reads one.
         last_layer: Decoder layer at which a pass may end that needs hidden states alone; None: none may.
         logits_at_once: More logits than these are made and dropped in chunks; None: all at once.
@@ -39,18 +44,28 @@ class Reference:
 
     model: nn.Module
     hidden_layer: int | None = None
+    kind: ReferenceKind = "current"
     last_layer: int | None = None
     logits_at_once: int | None = None
     _known: dict[tuple[Need, str, int], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the base model can be reached at any time, by disabling the adapter."""
+        """Whether the reference can be reached at any time, by switching an adapter off."""
         return isinstance(self.model, PeftModel)
+
+    @property
+    def adapters_left_on(self) -> list[str]:
+        """Adapters that the reference has, too: those that are active and not trained; none under "base"."""
+        model = self.model
+        if self.kind == "base" or not isinstance(model, PeftModel) or len(model.active_adapters) < 2:
+            return []
+        trained = model.get_model_status().requires_grad  # True, False or "irregular" by adapter
+        return [name for name in model.active_adapters if trained.get(name) is False]
 
     @contextmanager
     def base_model(self) -> Iterator[None]:
-        """Inside the context the model is the base model: no adapter, no dropout, no gradient.
+        """Inside the context the model is the reference: without the trained adapter, dropout and gradient.
 
         Raises:
             RuntimeError: The model is trained in full: there is no base model to return to.
@@ -60,10 +75,11 @@ class Reference:
                 "a model that is trained in full has no base model any more; call Reference.precompute before "
                 "training, or train an adapter (peft_config=...)"
             )
+        kept = self.adapters_left_on
         # PEFT makes every parameter of the active adapters trainable when it enables them again.
         trainable = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
-            with evaluation_mode(self.model), self.model.disable_adapter():
+            with evaluation_mode(self.model), only_adapters(self.model, kept):
                 yield
         finally:
             for parameter, requires_grad in trainable:
@@ -80,7 +96,7 @@ class Reference:
                 yield
 
     def answers(self, forward_model: nn.Module, batch: Batch) -> AnswerOutputs:
-        """The base model's outputs on a batch.
+        """The reference's outputs on a batch.
 
         Args:
             forward_model: What to call: `model`, or what a launcher wrapped it in.
@@ -155,3 +171,23 @@ class Reference:
         if hidden is None:
             raise RuntimeError("no hidden_layer was chosen, so there are no hidden states")
         return hidden
+
+
+@contextmanager
+def only_adapters(model: PeftModel, names: list[str]) -> Iterator[None]:
+    """Inside the context only these of the active adapters are on. Whether parameters train is the caller's to restore.
+
+    Args:
+        model: Any PEFT model; one whose adapters are not layers of it (prompts) has one active adapter at most.
+        names: Active adapters; empty for none of them, which is the base model.
+    """
+    if not names:
+        with model.disable_adapter():
+            yield
+        return
+    active, tuner = list(model.active_adapters), cast(Any, model.base_model)
+    tuner.set_adapter(names, inference_mode=True)
+    try:
+        yield
+    finally:
+        tuner.set_adapter(active)

@@ -92,9 +92,10 @@ def hutchinson(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -
         gradients = torch.autograd.grad(loss(), list(parameters), create_graph=True, allow_unused=True)
         reached = [(p, gradient) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
         signs = [torch.randint_like(gradient, 2) * 2 - 1 for _, gradient in reached]
-        product = torch.stack([(gradient * sign).sum() for (_, gradient), sign in zip(reached, signs, strict=True)])
+        products = [(gradient * sign).sum() for (_, gradient), sign in zip(reached, signs, strict=True)]
+        curved = [product for product in products if product.requires_grad]  # not those of a linear dependence
         try:
-            curvatures = torch.autograd.grad(product.sum(), [p for p, _ in reached], allow_unused=True)
+            curvatures = torch.autograd.grad(curved, [p for p, _ in reached], allow_unused=True)
         except RuntimeError as error:
             raise RuntimeError(
                 "the Hutchinson estimate differentiates twice, and the model has an operation that cannot be; load it "

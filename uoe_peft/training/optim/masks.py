@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
@@ -37,6 +38,9 @@ def weight_attribution_mask(
     mean cross-entropy over the answer tokens of the forget and the retain set: https://arxiv.org/abs/2410.17509. For a
     full delta of UOE, θ is the weight that it edits, base and delta together; for any other parameter its own value.
 
+    A fresh low-rank delta is refused: one of its factors is zero, so that the other has no gradient, would score zero
+    and never move again. What a mask means for weights that are products of factors, WAGLE does not say.
+
     Args:
         model: A causal language model; what has `requires_grad` is scored.
         forget: Batches of the forget set.
@@ -49,7 +53,7 @@ def weight_attribution_mask(
 
     Raises:
         ValueError: `ratio` or `mu` is out of range; nothing is trainable; parameters are sharded; a gradient is not
-            finite.
+            finite; an adapter has a parameter without any gradient on the forget set.
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must be in (0, 1], got {ratio}")
@@ -60,6 +64,7 @@ def weight_attribution_mask(
     with evaluation_mode(model, gradients=True):
         forget_gradients = _mean_gradients(model, forget, parameters.values())
         retain_gradients = {} if retain is None else _mean_gradients(model, retain, parameters.values())
+    _check_reached(model, parameters, forget_gradients, values)
     scores = {}
     for name, parameter in parameters.items():
         direction = values.get(parameter, parameter.detach().float())
@@ -101,6 +106,24 @@ def edited_weights(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     return weights
 
 
+def _check_reached(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    gradients: Mapping[nn.Parameter, Tensor],
+    full_deltas: Collection[nn.Parameter],
+) -> None:
+    """Refuse parameters of adapters that a mask would freeze for ever because they have no gradient yet."""
+    if not isinstance(model, PeftModel):
+        return
+    unreached = [name for name, p in parameters.items() if p not in full_deltas and not gradients[p].any()]
+    if unreached:
+        raise ValueError(
+            f"weight_mask_ratio would freeze {unreached[0]} for ever: it has no gradient on the forget set, as a "
+            "factor of a low-rank delta whose other factor is still zero. Train full deltas "
+            "(UOEConfig(delta_type='full', router_delta_type='full')), or without weight_mask_ratio"
+        )
+
+
 def _mean_gradients(
     model: nn.Module, batches: Iterable[Batch], parameters: Iterable[nn.Parameter]
 ) -> dict[nn.Parameter, Tensor]:
@@ -119,13 +142,16 @@ def _mean_gradients(
 
 
 def _largest(scores: Mapping[str, Tensor], ratio: float) -> Masks:
-    """True at the largest `ratio` of all scores together."""
-    flat = torch.cat([score.flatten() for score in scores.values()])
+    """True at the largest `ratio` of all scores together, on the scores' own devices."""
+    device = next(iter(scores.values())).device
+    flat = torch.cat([score.flatten().to(device) for score in scores.values()])
     number = max(1, round(ratio * len(flat)))
     kept = torch.zeros_like(flat, dtype=torch.bool)
     kept[flat.topk(number).indices] = True
     parts = kept.split([score.numel() for score in scores.values()])
-    return {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
+    return {
+        name: part.view_as(score).to(score.device) for (name, score), part in zip(scores.items(), parts, strict=True)
+    }
 
 
 class KeepMasked(TrainerCallback):

@@ -1,10 +1,9 @@
-"""Whether training starts at the lowest edited layer, and with which rows in the cache."""
+"""Whether training starts at the lowest edited layer, and where its states are kept."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import Any, cast
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from uoe_peft.data import PairedDataset
-from uoe_peft.data.pairing import retain_index
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.reuse.prefix_cache import PrefixCache, temporary_folder
 from uoe_peft.training.reuse.store import NothingToCache, PrefixCacheUnavailable, StateFolder
@@ -117,21 +114,3 @@ def check_settings(args: UnlearningConfig, *, num_epochs: float, sharded: bool =
             "reentrant gradient checkpointing trains no layer whose input has no gradient; pass "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
-
-
-def rows_in_training(dataset: PairedDataset, *, num_epochs: float) -> Iterator[list[int]]:
-    """Token ids of the rows that training will see in so many epochs, see `indices_in_training`."""
-    for role, indices in indices_in_training(dataset, num_epochs=num_epochs).items():
-        token_ids = dataset.sets[role]["input_ids"]
-        yield from (token_ids[index] for index in indices)
-
-
-def indices_in_training(dataset: PairedDataset, *, num_epochs: float) -> dict[str, Sequence[int]]:
-    """The rows that training will see in so many epochs, by role: of a large retain set, only a part."""
-    indices: dict[str, Sequence[int]] = {role: range(len(rows)) for role, rows in dataset.sets.items()}
-    num_retain, seen = len(indices.get("retain", ())), math.ceil(num_epochs) * len(dataset)
-    if seen < num_retain:
-        sizes = {"num_forget": len(dataset), "num_retain": num_retain, "seed": dataset.seed}
-        places = (divmod(place, len(dataset)) for place in range(seen))
-        indices["retain"] = [retain_index(index, epoch=epoch, **sizes) for epoch, index in places]
-    return indices

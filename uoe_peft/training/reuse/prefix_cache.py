@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from uoe_peft.data import Batch, collate
-from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.segments import (
     LayerState,
@@ -32,8 +31,8 @@ from uoe_peft.moe.segments import (
     run_until_layer,
     tolerance,
 )
+from uoe_peft.training.reuse.edited import lowest_edited_layer
 from uoe_peft.training.reuse.store import (
-    NothingToCache,
     PrefixCacheUnavailable,
     StateFolder,
     StateStore,
@@ -198,39 +197,6 @@ def temporary_folder() -> Iterator[StateFolder]:
         yield StateFolder(Path(path), is_fresh=True)
 
 
-def lowest_edited_layer(model: nn.Module) -> int:
-    """The lowest decoder layer that has an adapter or a trainable parameter.
-
-    Raises:
-        NothingToCache: It is the first layer; there is none; or something beside the layers is trained.
-    """
-    try:
-        layers = find_layers(model)
-    except UnsupportedModelError as error:
-        raise NothingToCache(str(error)) from error
-    outside = trained_beside(model, layers)
-    if outside:
-        raise NothingToCache(f"{outside[0]} is trained, which is not in a decoder layer")
-    edited = edited_layers(layers)
-    if not edited or min(edited) == 0:
-        raise NothingToCache(
-            f"there must be layers that are not edited below those that are; edited are {edited} of "
-            f"{len(list(layers.children()))} decoder layers"
-        )
-    return min(edited)
-
-
-def edited_layers(layers: nn.Module) -> list[int]:
-    """Indices of the decoder layers that have an adapter or a trainable parameter."""
-    return [int(name) for name, layer in layers.named_children() if _is_edited(layer)]
-
-
-def trained_beside(model: nn.Module, layers: nn.Module) -> list[str]:
-    """Names of the trainable parameters that are not in decoder layers."""
-    inside = {id(parameter) for parameter in layers.parameters()}
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-
-
 def cache_key(source: PrefixSource, layer_idx: int, digests: Iterable[str]) -> str:
     """A name that changes with whatever states depend on: weights, configuration, versions, layer and tokens.
 
@@ -268,7 +234,7 @@ def _check(source: PrefixSource, layer_idx: int, batch: Batch) -> LayerState:
 
 
 def _check_noiseless(source: PrefixSource, layer_idx: int, batch: Batch, state: LayerState, rounding: float) -> None:
-    mask = batch["attention_mask"].bool()
+    mask = batch["attention_mask"].to(_hidden_states(state).device).bool()
     expected = _hidden_states(state)[mask].float()
     found = _hidden_states(source.state(layer_idx, batch))[mask].float()
     if (found - expected).square().mean().sqrt() > rounding * expected.std():
@@ -299,8 +265,3 @@ def _compute(
 
 def _hidden_states(state: LayerState) -> Tensor:
     return state if isinstance(state, Tensor) else cast(Tensor, state[0])
-
-
-def _is_edited(layer: nn.Module) -> bool:
-    trained = any(parameter.requires_grad for parameter in layer.parameters())
-    return trained or any("base_layer" in module._modules for module in layer.modules())

@@ -1,4 +1,4 @@
-"""What the base model says, kept on disk beside the prefix cache: it is the same in every epoch, run, seed and loss."""
+"""What the reference says, kept on disk beside the prefix cache: it is the same in every epoch, run, seed and loss."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def keep_reference(
         rows: Examples with `input_ids`, `labels` and `index`.
         need: Likelihoods or hidden states.
         folder: Where they are kept.
-        weights: What the base model's answers depend on, see `weights_key`; not asked in a fresh folder.
+        weights: What the reference's answers depend on, see `weights_key`; not asked in a fresh folder.
         batches: Makes batches of rows, on the model's device.
 
     Raises:
@@ -53,7 +53,7 @@ def keep_reference(
     key = fresh_key if folder.is_fresh else store_key(weights(), need, layer_idx, *sorted(unique))
 
     def compute() -> StateStore:
-        logger.info("asking the base model about %d examples: %s", len(unique), fresh_key)
+        logger.info("asking the reference about %d examples: %s", len(unique), fresh_key)
         with reference.before_training():
             values = chain.from_iterable(reference.compute(need, batch) for batch in batches([*unique.values()]))
             first = next(values)  # it shows of what dtype and size they are

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from tests import families
-from uoe_peft.training.checkpoint import load_full_checkpoint
+from uoe_peft.training.saving import load_adapters, load_full_checkpoint
+from uoe_peft.tuner import UOEConfig
 
 
 def state(model):
@@ -51,3 +52,41 @@ def test_a_checkpoint_of_another_model_is_refused(build, tmp_path):
         load_full_checkpoint(deep, str(tmp_path / "shallow"))
     with pytest.raises(ValueError, match=r"has, unknown to the model, 16 weights of Qwen2MoeForCausalLM"):
         load_full_checkpoint(shallow, str(tmp_path / "deep"))
+
+
+def two_adapters(build):
+    model = build.uoe(build.model())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.05)
+    model.add_adapter("second", UOEConfig(target_experts=[(2, 4)]))
+    model.base_model.set_adapter(["default", "second"])
+    model.set_requires_grad("default", False)
+    return model
+
+
+@pytest.mark.parametrize("trained", ["default", "second"])
+def test_resuming_the_second_of_two_adapters_gives_the_same_bits(make_trainer, build, tmp_path, trained):
+    def prepare():
+        torch.manual_seed(2)
+        model = two_adapters(build)
+        for name in ("default", "second"):
+            model.set_requires_grad(name, name == trained)
+        return model
+
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    whole = make_trainer(prepare(), **options)
+    whole.train()
+    resumed = make_trainer(prepare(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert resumed.model.active_adapters == ["default", "second"]
+    for (name, expected), parameter in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert parameter.requires_grad == expected.requires_grad == (f".{trained}." in name and "uoe_" in name), name
+        assert torch.equal(parameter, expected), name
+
+
+def test_a_checkpoint_without_an_active_adapter_is_refused(build, tmp_path):
+    build.uoe(build.model()).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="of the active adapter 'second'"):
+        load_adapters(two_adapters(build), tmp_path)

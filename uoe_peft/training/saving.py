@@ -1,0 +1,110 @@
+"""Checkpoints and saved models: all that training needs to go on, and what a reader of the folder needs to know.
+
+Fused experts of a model that is trained in full are stored one by one: `save_pretrained` splits them, `from_pretrained`
+stacks them. The Trainer of transformers reads the file as it stands instead and leaves out what has no place, which is
+every expert. And of several adapters it loads one, and switches the others off.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.trainer.sft_trainer import SFTTrainer
+
+from uoe_peft.training.model_card import add_loading_section
+from uoe_peft.training.objective.anchor import active_configs
+
+_ADAPTER_FILE = "adapter_model.safetensors"
+
+
+class SavingTrainer(SFTTrainer):
+    """TRL's `SFTTrainer` with checkpoints that hold every weight that is trained."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a launcher splits the weights; asked of the trainer, since it may do so without the arguments."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_unsharded(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_unsharded(cast(str, self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    def _load_unsharded(self, folder: str) -> bool:
+        """Load what the Trainer itself would load in part; whether that was the case."""
+        model = cast(nn.Module, self.model)
+        if self.is_sharded:
+            return False
+        if not isinstance(model, PeftModel):
+            load_full_checkpoint(cast(PreTrainedModel, model), folder)
+            return True
+        if len(model.active_adapters) > 1:
+            load_adapters(model, Path(folder))
+            return True
+        return False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        add_loading_section(folder / "README.md", active_configs(cast(nn.Module, self.model)))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in TRL; of a UOE adapter also how to load it."""
+        super().create_model_card(*args, **kwargs)
+        folder = Path(cast(str, self.args.output_dir))
+        add_loading_section(folder / "README.md", active_configs(cast(nn.Module, self.model)))
+
+
+def load_adapters(model: PeftModel, folder: Path) -> None:
+    """Give the active adapters of a model what a checkpoint has of them; which are on, and which train, stays.
+
+    Args:
+        model: The model that was saved, or one with the same adapters.
+        folder: Where `save_pretrained` wrote it: the adapter "default" itself, others in folders of their names.
+
+    Raises:
+        FileNotFoundError: An active adapter is not there.
+    """
+    places = {name: folder if name == "default" else folder / name for name in model.active_adapters}
+    for name, place in places.items():
+        if not (place / _ADAPTER_FILE).is_file():
+            raise FileNotFoundError(
+                f"{place} has no {_ADAPTER_FILE} of the active adapter {name!r}; resume with the adapters "
+                "that were active when the checkpoint was written"
+            )
+    for name, place in places.items():
+        set_peft_model_state_dict(model, load_file(place / _ADAPTER_FILE), adapter_name=name)
+
+
+def load_full_checkpoint(model: PreTrainedModel, folder: str) -> None:
+    """Give a model all weights of a checkpoint, bit for bit; its parameters stay the same objects.
+
+    Args:
+        model: The model that was saved, or one of the same class and sizes.
+        folder: Where `save_pretrained` wrote it.
+
+    Raises:
+        ValueError: The checkpoint lacks weights of the model, or has others.
+        OSError: There are no weights in the folder.
+    """
+    # The widest dtype holds the values of every other: casting back to each parameter's own changes no bit.
+    dtype = reduce(torch.promote_types, {p.dtype for p in model.parameters() if p.is_floating_point()})
+    load = cast(Any, type(model)).from_pretrained
+    saved, found = load(folder, config=model.config, dtype=dtype, output_loading_info=True)
+    for what, names in (("lacks", found["missing_keys"]), ("has, unknown to the model,", found["unexpected_keys"])):
+        if names:
+            raise ValueError(
+                f"the checkpoint {folder} {what} {len(names)} weights of {type(model).__name__}, such as "
+                f"{sorted(names)[:3]}; resume with the model that wrote it"
+            )
+    model.load_state_dict(saved.state_dict())
