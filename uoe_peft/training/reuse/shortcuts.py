@@ -9,7 +9,7 @@ import logging
 from dataclasses import replace
 
 from uoe_peft.data import Batch
-from uoe_peft.moe.segments import stops_exactly
+from uoe_peft.moe.exactness import stops_exactly
 from uoe_peft.training.objective.forward import evaluation_mode, head_is_exact, vocab_size
 from uoe_peft.training.objective.logits import LOGITS_AT_ONCE
 from uoe_peft.training.objective.objective import Objective
