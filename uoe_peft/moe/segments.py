@@ -7,8 +7,7 @@ from l on.
 Nothing here knows a family. The layers below l are replaced by modules that compute nothing, return what the last of
 them returned before, and are otherwise the layers that they stand for: models that look up an attention type, a mask
 or a cache for each layer find what they look for. Whether that is enough for a model is measured by
-:mod:`uoe_peft.moe.exactness`;
-docs/segments.md lists the families.
+:mod:`uoe_peft.moe.exactness`; docs/segments.md lists the families.
 
 Letters: B batch, S sequence, H hidden size.
 """
