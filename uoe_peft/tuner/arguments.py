@@ -90,7 +90,7 @@ def _given_pairs(target_experts: Any) -> list[tuple[Any, Any]]:
         given = [(layer, expert) for layer, experts in layers.items() for expert in experts]
     else:
         # A string of two digits would pass for a pair.
-        given = [() if isinstance(pair, str) else tuple(pair) for pair in target_experts]  # type: ignore[misc]
+        given = [() if isinstance(pair, str) else tuple(pair) for pair in target_experts]
     if not given:
         raise ValueError("no pairs")
     return given

@@ -98,6 +98,8 @@ class UOEConfig(PeftConfig):
         self.train_router = as_bool("train_router", self.train_router)
         self._check_choices()
         self._check_unsupported()
+        # Whether the adapter was put on for tensors that are still to come; no field, and never saved.
+        self.awaits_state = False
 
     def _check_choices(self) -> None:
         for name in ("delta_type", "router_delta_type"):

@@ -147,7 +147,7 @@ class UOELinearLayer(UOELayer):
     @property
     def weight(self) -> Tensor:
         """The module's weight, edited: experts may multiply with it themselves. A quantised one is the base's."""
-        base = cast(Tensor, super().weight)
+        base = super().weight
         keys = {} if is_quantised(base) else self.edited_keys(self.applied_adapters())
         return next((self.edited_slice(key, adapters) for key, adapters in keys.items()), base)
 

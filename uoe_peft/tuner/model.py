@@ -41,7 +41,8 @@ class UOEModel(BaseTuner):
         Arguments as in the base class.
         """
         # Injection fills in what it finds: not in the caller's object, which may serve another model next.
-        config = self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
+        config = deepcopy(cast(UOEConfig, self.peft_config[adapter_name]))
+        self.peft_config[adapter_name] = config
         config.awaits_state = config.base_experts is not None  # it was saved once, so its tensors are to come
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -129,7 +130,7 @@ class UOEModel(BaseTuner):
             ValueError: `safe_merge` found such a value, or there is no such adapter.
             RuntimeError: Base weights are sharded, offloaded or quantised.
         """
-        if adapter_names is not None and not isinstance(adapter_names, str):
+        if isinstance(adapter_names, list):
             self._check_known(adapter_names)
         before = {layer: list(layer.merged_adapters) for layer in self._layers()}
         try:
@@ -164,7 +165,7 @@ class UOEModel(BaseTuner):
             if getattr(config, "awaits_state", False) and isinstance(model, PeftModel):
                 # It was put on for this file: without it, it would be an adapter that changes nothing.
                 others = set(model.peft_config) - {adapter_name}
-                model.delete_adapter(adapter_name) if others else model.base_model.unload()
+                model.delete_adapter(adapter_name) if others else cast(UOEModel, model.base_model).unload()
             raise
         config.awaits_state = False
         return remapped
