@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tests.families import SUPPORTED, build, token_ids
 from uoe_peft.moe import find_moe_blocks
-from uoe_peft.moe.segments import relative_difference, stops_exactly
+from uoe_peft.moe.exactness import relative_difference, stops_exactly
 from uoe_peft.training.objective.forward import head_is_exact
 from uoe_peft.training.reuse.prefix_cache import PrefixSource, prefix_cache
 from uoe_peft.training.reuse.store import PrefixCacheUnavailable

@@ -7,7 +7,7 @@ The public names, in the order in which data flows. Importing the package regist
 from uoe_peft.moe import find_moe_blocks
 from uoe_peft.attribution import ExpertAttribution, attribute_experts
 from uoe_peft.tuner import UOEConfig, UOEModel
-from uoe_peft.training import RouterCorrection, UnlearningConfig, UnlearningTrainer, correct_routers
+from uoe_peft.training import UnlearningConfig, UnlearningTrainer
 from uoe_peft.evaluation import UnlearningReport, evaluate_unlearning
 
 __version__ = "0.1.0"
@@ -20,8 +20,6 @@ __all__ = [
     "UOEModel",
     "UnlearningConfig",
     "UnlearningTrainer",
-    "correct_routers",
-    "RouterCorrection",
     "evaluate_unlearning",
     "UnlearningReport",
 ]

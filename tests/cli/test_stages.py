@@ -50,7 +50,7 @@ def test_attribute_writes_a_ranking_that_loads(
 
 def test_unlearn_writes_an_adapter_that_loads(sets: list[str], tmp_path: Path) -> None:
     base = str(checkpoint_path("base"))
-    edited = ["--target_experts", "2:7", "0:3", "--delta_type", "low_rank", "--r", "5", "--correct_routers", "true"]
+    edited = ["--target_experts", "2:7", "0:3", "--delta_type", "low_rank", "--r", "5"]
     training = [
         "--output_dir",
         str(tmp_path / "adapter"),
@@ -76,35 +76,11 @@ def test_unlearn_writes_an_adapter_that_loads(sets: list[str], tmp_path: Path) -
     config = model.active_peft_config
     assert isinstance(config, UOEConfig)
     assert (config.target_experts, config.delta_type, config.r) == ([(0, 3), (2, 7)], "low_rank", 5)
-    assert config.corrected_router_layers == [1, 3]
-    assert "The routers of layers [1, 3] are corrected" in (tmp_path / "adapter" / "README.md").read_text()
     ids = torch.arange(40, 60)[None]
     with torch.inference_mode():
         unlearned = model(input_ids=ids).logits
         with model.disable_adapter():
             assert not torch.equal(model(input_ids=ids).logits, unlearned)
-
-
-def test_correcting_routers_needs_tokens_to_keep(sets: list[str]) -> None:
-    options = ["--model_name_or_path", "nowhere", *sets[:2], "--output_dir", "nowhere", "--correct_routers", "true"]
-    with pytest.raises(ValueError, match="correct_routers needs tokens to keep; pass retain_dataset"):
-        main(["unlearn", *options])
-
-
-def test_an_adapter_is_written_before_its_routers_are_corrected(
-    sets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = str(checkpoint_path("base"))
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise ValueError("no router to correct")
-
-    monkeypatch.setattr("uoe_peft.cli.unlearn.correct_routers", fail)
-    quiet = ["--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no", "--max_steps", "1"]
-    options = ["--output_dir", str(tmp_path / "adapter"), "--correct_routers", "true", "--target_experts", "3:1"]
-    with pytest.raises(ValueError, match="no router to correct"):
-        main(["unlearn", "--model_name_or_path", base, *sets, *options, *quiet, "--dataloader_pin_memory", "false"])
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_targets_are_written_as_pairs() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tests.families import EXPERTS, SUPPORTED, build
 from uoe_peft.moe import ListedExperts, find_moe_blocks
-from uoe_peft.moe.experts import ExpertStorage, FlattenedExperts, StackedExperts, expert_storage
+from uoe_peft.moe.experts import FlattenedExperts, StackedExperts, expert_storage
+from uoe_peft.moe.storage import ExpertStorage
 
 EXPERT, TOKENS = 4, 7
 LAYOUTS = {"dbrx": FlattenedExperts} | dict.fromkeys(

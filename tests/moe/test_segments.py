@@ -11,16 +11,13 @@ from transformers import PreTrainedModel
 
 from tests.families import SUPPORTED, build, token_ids
 from uoe_peft.moe import find_moe_blocks
+from uoe_peft.moe.exactness import fill_padding, is_exact, relative_difference, stops_exactly
 from uoe_peft.moe.segments import (
-    fill_padding,
     find_layers,
-    is_exact,
     record_layer_input,
-    relative_difference,
     run_from_layer,
     run_until_layer,
     stop_after_layer,
-    stops_exactly,
 )
 
 # Configured here, this family needs tokens that mark images wherever there is a mask.

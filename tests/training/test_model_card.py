@@ -35,8 +35,7 @@ def test_the_section_is_added_once_and_to_uoe_adapters_only(tmp_path: Path) -> N
     assert readme.read_text() == "# Card\n"
     add_loading_section(readme, [UOEConfig(target_experts=[(1, 2)])])
     readme.write_text(readme.read_text() + "\nWhat a user added.\n")
-    add_loading_section(readme, [UOEConfig(target_experts=[(1, 2)], corrected_router_layers=[3])])
+    add_loading_section(readme, [UOEConfig(target_experts=[(1, 2)])])
     card = readme.read_text()
     assert card.count("## Loading this adapter") == card.count("import uoe_peft") == 1
-    assert "routers of layers [3] are corrected" in card
     assert card.startswith("# Card\n") and card.endswith("```\n\nWhat a user added.\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tests.families import build
 from uoe_peft.moe import find_moe_blocks
-from uoe_peft.tuner import UOEConfig
+from uoe_peft.tuner import UOEConfig, UOELayer
 
 # Softmax and sigmoid routers, transposed and interleaved stacks with biases, a dense call contract.
 FAMILIES = ("qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4", "olmoe")
@@ -85,6 +85,38 @@ def randomise(model: nn.Module, *, adapter_name: str = "default", seed: int = 0,
     for name, parameter in model.named_parameters():
         if f".{adapter_name}." in name and ".uoe_" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+@torch.no_grad()
+def hand_edited(base: nn.Module, model: nn.Module, factors: Mapping[str, float]) -> nn.Module:
+    """A copy of a base model with an adapter model's stored deltas added to its weights, each times a factor.
+
+    Low-rank deltas are multiplied out; the factor is all that scales them.
+    """
+    edited = copy.deepcopy(base)
+    parts = zip(find_moe_blocks(edited), find_moe_blocks(model), strict=True)
+    for own, wrapped in parts:
+        router = own.router.get_parameter(own.gate_name)
+        for layer, is_router in ((wrapped.experts, False), (wrapped.router, True)):
+            for name, factor in factors.items():
+                for projection, index, delta in stored_deltas(layer, name):
+                    slice_ = router if is_router else own.storage.weight(projection, index)
+                    turned = not is_router and name in layer.uoe_A and own.storage.is_transposed(projection)
+                    slice_.add_(factor * (delta.T if turned else delta))
+    return edited
+
+
+def stored_deltas(layer: nn.Module, adapter_name: str) -> Iterator[tuple[str, int, Tensor]]:
+    """Projection, expert and delta of an adapter in a layer, unscaled, read from its parameters; low-rank: `B @ A`."""
+    if not isinstance(layer, UOELayer):
+        return
+    for place, index in enumerate(layer.target_indices.get(adapter_name, [])):
+        if adapter_name in layer.uoe_delta:
+            for projection, delta in layer.uoe_delta[adapter_name].items():
+                yield projection, index, delta[place]
+        else:
+            for projection, factor in layer.uoe_A[adapter_name].items():
+                yield projection, index, layer.uoe_B[adapter_name][projection][place] @ factor[place]
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:

@@ -338,6 +338,7 @@ def test_adapter_dtype(base: PreTrainedModel, delta_type: str) -> None:
     assert {p.dtype for n, p in model.named_parameters() if ".uoe_" in n} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "llama4"], indirect=True)  # gpt_oss has biases
 def test_zero_expert_silences_the_expert(base: PreTrainedModel, logits: Logits) -> None:
     silenced = copy.deepcopy(base)
     block = find_moe_blocks(silenced)[-1]
@@ -463,7 +464,7 @@ def test_a_state_dict_with_missing_or_extra_tensors_names_them(qwen: PreTrainedM
         set_peft_model_state_dict(model, {name: t for name, t in state.items() if name != down})
     with pytest.raises(ValueError, match=r"unexpected.*uoe_delta\.other"):
         set_peft_model_state_dict(model, {**state, down.replace("down_proj", "other"): state[down]})
-    with pytest.raises(RuntimeError, match=r"size mismatch for .*down_proj"):
+    with pytest.raises(ValueError, match=r"size mismatch for .*down_proj"):
         set_peft_model_state_dict(model, {**state, down: state[down][:, :-1]})
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
-from peft import PeftModel
 from transformers import AutoTokenizer
 
 from uoe_peft.cli.loading import load_model, load_rows
 from uoe_peft.cli.parsing import parse
-from uoe_peft.training import UnlearningConfig, UnlearningTrainer, correct_routers
+from uoe_peft.training import UnlearningConfig, UnlearningTrainer
 from uoe_peft.tuner import UOEConfig
 
 
@@ -34,20 +32,11 @@ class UnlearnArguments:
     r: int = field(default=16, metadata={"help": "Rank of a low-rank delta."})
     uoe_alpha: float = field(default=32, metadata={"help": "Scale of a low-rank delta: uoe_alpha / r."})
     train_router: bool = field(default=True, metadata={"help": "Whether the routers of the target layers are trained."})
-    correct_routers: bool = field(
-        default=False,
-        metadata={
-            "help": "Afterwards correct the routers above the edited layer, so that retain tokens go where they "
-            "went before; what was forgotten may come back a little."
-        },
-    )
 
 
 def run(arguments: Sequence[str]) -> None:
     """Train and write the adapter to `--output_dir`."""
     options, training = parse("unlearn", arguments, UnlearnArguments, UnlearningConfig)
-    if options.correct_routers and not options.retain_dataset:
-        raise ValueError("correct_routers needs tokens to keep; pass retain_dataset")
     retain = options.retain_dataset and load_rows(options.retain_dataset, split=options.dataset_split)
     tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
     trainer = UnlearningTrainer(
@@ -70,11 +59,7 @@ def run(arguments: Sequence[str]) -> None:
         ),
     )
     trainer.train()
-    trainer.save_model(training.output_dir)  # whatever happens to the correction, training is not lost
-    if options.correct_routers:
-        model = cast(PeftModel, trainer.model)
-        print(correct_routers(model, retain, processing_class=tokenizer, max_length=training.max_length).summary())
-        trainer.save_model(training.output_dir)
+    trainer.save_model(training.output_dir)
     print(f"adapter written to {training.output_dir}; load it with `import uoe_peft` and PeftModel.from_pretrained")
 
 

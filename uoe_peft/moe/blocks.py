@@ -15,7 +15,8 @@ from typing import Any, cast
 from torch import nn
 
 from uoe_peft.errors import UnsupportedModelError
-from uoe_peft.moe.experts import ExpertStorage, ListedExperts, expert_storage, unwrap
+from uoe_peft.moe.experts import ListedExperts, expert_storage, unwrap
+from uoe_peft.moe.storage import ExpertStorage
 
 # Words in the path of a block that text tokens never pass.
 _OTHER_MODALITY = re.compile(r"vision|visual|image|video|audio|speech")

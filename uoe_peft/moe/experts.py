@@ -14,9 +14,7 @@ Three ways of storing experts are known, each found by its structure and never b
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -24,90 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from uoe_peft.errors import UnsupportedModelError
-
-
-@dataclass(frozen=True)
-class RoutedTokens:
-    """The tokens of one call of an experts module that are routed to one expert.
-
-    While a graph is compiled, N is T and tokens of other experts have weight 0: shapes must not depend on the data.
-
-    Attributes:
-        token: Index of each such token in the batch, flattened to T tokens. Shape `(N,)`.
-        row: Row of each such token in the call's output, flattened to `(rows, H)`. Shape `(N,)`.
-        hidden_states: The expert's inputs. Shape `(N, H)`.
-        weight: What the call multiplies the expert's outputs by. Shape `(N, 1)`.
-    """
-
-    token: Tensor
-    row: Tensor
-    hidden_states: Tensor
-    weight: Tensor
-
-
-class ExpertStorage(ABC):
-    """Read and write access to single experts of one experts module."""
-
-    def __init__(self, module: nn.Module, *, num_experts: int) -> None:
-        self.module = module
-        self.num_experts = num_experts
-
-    @property
-    @abstractmethod
-    def projections(self) -> tuple[str, ...]:
-        """Names of the weight matrices that every expert has, in the order in which they are applied."""
-
-    @abstractmethod
-    def parameter(self, projection: str, expert_idx: int) -> Tensor:
-        """The stored parameter that holds one expert's matrix, with other experts' where they are stacked."""
-
-    @abstractmethod
-    def shape(self, projection: str) -> tuple[int, int]:
-        """Rows and columns of a projection's matrix, the same for every expert."""
-
-    @abstractmethod
-    def weight(self, projection: str, expert_idx: int) -> Tensor:
-        """The matrix of one expert as it lies in memory: a view, so that writing to it edits the model.
-
-        Of a quantised parameter it is a dequantised copy, see :func:`plain`.
-        """
-
-    @abstractmethod
-    def forward_expert(self, hidden_states: Tensor, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
-        """Output of one expert computed with other matrices than its own.
-
-        Args:
-            hidden_states: Inputs of the expert. Shape `(N, H)`.
-            expert_idx: Which expert's biases and constants to use.
-            weights: A matrix for each projection, in the layout of :meth:`weight`.
-
-        Returns:
-            Unweighted outputs. Shape `(N, H)`.
-        """
-
-    def is_transposed(self, projection: str) -> bool:
-        """Whether :meth:`weight` has shape `(in, out)` rather than `(out, in)`."""
-        return False
-
-    def num_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        """Number of tokens, T, in the batch of a call `module(*args, **kwargs)`."""
-        hidden_states = next(iter((*args, *kwargs.values())))
-        return int(hidden_states.shape[:-1].numel())
-
-    def routed_tokens(self, expert_idx: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RoutedTokens:
-        """The tokens that a call `module(*args, **kwargs)` sends to one expert.
-
-        The contract is `(hidden_states, top_k_index, top_k_weights)`: shapes `(T, H)`, `(T, K)`, `(T, K)`.
-        """
-        hidden_states, top_k_index, top_k_weights = (*args, *kwargs.values())
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        if torch.compiler.is_compiling():
-            every = torch.arange(flat.shape[0], device=flat.device)
-            weight = torch.where(top_k_index == expert_idx, top_k_weights, 0).sum(dim=-1, keepdim=True)  # (T, 1)
-            return RoutedTokens(every, every, flat, weight)
-        token, position = torch.where(top_k_index == expert_idx)
-        return RoutedTokens(token, token, flat[token], top_k_weights[token, position].unsqueeze(-1))
+from uoe_peft.moe.storage import ExpertStorage, RoutedTokens, plain, substituted
 
 
 class StackedExperts(ExpertStorage):
@@ -149,6 +64,18 @@ class StackedExperts(ExpertStorage):
     @override
     def is_transposed(self, projection: str) -> bool:
         return self._transposed
+
+    @property
+    @override
+    def weight_attributes(self) -> tuple[str, ...]:
+        return self.projections
+
+    @property
+    @override
+    def has_output_bias(self) -> bool:
+        norm = getattr(self.module, "post_expert_norm", None)
+        biases = (getattr(self.module, "down_proj_bias", None), getattr(norm, "bias", None))
+        return any(bias is not None for bias in biases)
 
     @override
     def forward_expert(self, hidden_states: Tensor, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
@@ -234,6 +161,11 @@ class FlattenedExperts(ExpertStorage):
     def is_transposed(self, projection: str) -> bool:
         return projection == "w2"  # (I, H) maps I to H, unlike w1 and v1
 
+    @property
+    @override
+    def weight_attributes(self) -> tuple[str, ...]:
+        return ("mlp",)
+
     @override
     def forward_expert(self, hidden_states: Tensor, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
         w1, v1, w2 = (weights[name] for name in self._NAMES)
@@ -283,38 +215,23 @@ class ListedExperts(ExpertStorage):
     def weight(self, projection: str, expert_idx: int) -> Tensor:
         return plain(self.parameter(projection, expert_idx))
 
+    @property
+    @override
+    def has_output_bias(self) -> bool:
+        return unwrap(self._experts[0].get_submodule(self._names[-1])).bias is not None
+
     @override
     def forward_expert(self, hidden_states: Tensor, expert_idx: int, weights: Mapping[str, Tensor]) -> Tensor:
-        substitutes = {f"{name}.weight": weight for name, weight in weights.items()}
-        return cast(Tensor, torch.func.functional_call(self._experts[expert_idx], substitutes, (hidden_states,)))
+        expert = self._experts[expert_idx]
+        for name, weight in weights.items():
+            expert = substituted(expert, f"{name}.weight", weight)
+        return cast(Tensor, expert(hidden_states))
 
 
 def _listed_experts(module: nn.Module) -> dict[str, nn.Module]:
     """The children that can be experts, unwrapped: a list may hold a dropout, too."""
     children = {name: unwrap(child) for name, child in module.named_children()}
     return {name: child for name, child in children.items() if any(isinstance(m, nn.Linear) for m in child.modules())}
-
-
-def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is stored in fewer bits than it is computed with."""
-    has_own_dequantize = type(weight).dequantize is not Tensor.dequantize
-    return has_own_dequantize or not weight.is_floating_point() or weight.dtype.itemsize == 1
-
-
-def plain(weight: Tensor) -> Tensor:
-    """A weight that can be added to: the weight itself, or a dequantised copy of it.
-
-    Raises:
-        UnsupportedModelError: The weight is quantised in a form that needs more than itself to be read.
-    """
-    if not is_quantised(weight):
-        return weight
-    if type(weight).dequantize is Tensor.dequantize:
-        raise UnsupportedModelError(
-            f"expert or router weights are stored as {weight.dtype}, with their scales elsewhere; load the model in "
-            "bfloat16, or with dequantize=True where its quantization config has it"
-        )
-    return weight.dequantize()
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -37,10 +37,7 @@ def add_loading_section(readme: Path, configs: Sequence[UOEConfig]) -> None:
         return
     pairs = [pair for config in configs for pair in config.target_experts]
     edited = ", ".join(f"expert {expert_idx} of layer {layer_idx}" for layer_idx, expert_idx in pairs)
-    corrected = sorted({layer_idx for config in configs for layer_idx in config.corrected_router_layers or ()})
     intro = f"This is a UOE adapter: it edits {edited}, and the routers of these layers, so that the model forgets."
-    if corrected:
-        intro += f"\nThe routers of layers {corrected} are corrected to route what was retained as before."
     section = f"""
 {_HEADING}
 

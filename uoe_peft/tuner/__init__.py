@@ -22,14 +22,10 @@ _add_peft_type("UOE")
 
 # The configuration reads the enum member, so it must exist before these imports.
 from uoe_peft.tuner.config import UOEConfig  # noqa: E402
-from uoe_peft.tuner.delta import UOELayer  # noqa: E402
-from uoe_peft.tuner.layer import UOEExpertsLayer, UOELinearLayer, UOERouterLayer  # noqa: E402
+from uoe_peft.tuner.layer import UOEExpertsLayer, UOELinearLayer  # noqa: E402
+from uoe_peft.tuner.merging import UOELayer  # noqa: E402
 from uoe_peft.tuner.model import UOEModel  # noqa: E402
-from uoe_peft.tuner.router_correction import (  # noqa: E402
-    add_router_correction,
-    correctable_blocks,
-    remove_router_correction,
-)
+from uoe_peft.tuner.router import UOERouterLayer  # noqa: E402
 
 if PeftType("UOE") not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="uoe", config_cls=UOEConfig, model_cls=UOEModel, prefix=UOEModel.prefix)
@@ -41,7 +37,4 @@ __all__ = [
     "UOELinearLayer",
     "UOEModel",
     "UOERouterLayer",
-    "add_router_correction",
-    "correctable_blocks",
-    "remove_router_correction",
 ]

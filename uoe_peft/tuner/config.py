@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
 
+from uoe_peft.tuner.arguments import as_bool, as_int, as_names, as_number, as_pairs
+
 DeltaType = Literal["full", "low_rank"]
-Pairs = list[tuple[int, int]]
 
 
 @dataclass
@@ -34,19 +34,21 @@ class UOEConfig(PeftConfig):
             so that the expert contributes nothing, the training-free baseline. False: random values, for tests.
         train_router: Whether the routers of the target layers get a delta, too.
         router_delta_type: Like `delta_type`, for routers.
-        corrected_router_layers: Further decoder layers whose routers have a delta that no optimiser trains; filled in
-            by :func:`~uoe_peft.correct_routers`, which computes these deltas. They are full ones, whatever
-            `router_delta_type` says.
+        strength: A factor on every delta of the adapter, experts' and routers', >= 0. Training usually overshoots:
+            once it has ended, a lower strength gives back what other knowledge lost, at the price of a forgetting that
+            is easier to undo. See :meth:`UOEModel.set_strength`.
         attribution: How the target experts were chosen, as plain JSON; kept for the record, never read.
-        target_modules: Filled in at injection: the paths of the edited modules.
+        target_modules: Filled in at injection: the paths of the edited modules. Not to be set.
         exclude_modules: Not supported, since targets are named by expert; must stay None.
         target_parameters: Not supported, likewise.
         modules_to_save: Further modules to train and save in full, as for any PEFT method.
         base_experts: Filled in at injection: number of experts and slice shapes in each target layer, so that an
             adapter is not loaded onto another model.
+        corrected_router_layers: Written by version 0.1.0, which could correct further routers; anything but None is
+            refused.
 
     Raises:
-        ValueError: An unknown choice, an empty or malformed target, a rank or scale out of range.
+        ValueError: An unknown choice, an empty or malformed target, a number out of range, a value of another type.
     """
 
     target_experts: Any = field(default=None, metadata={"help": "(layer_idx, expert_idx) pairs, or 'auto'."})
@@ -62,9 +64,7 @@ class UOEConfig(PeftConfig):
     )
     train_router: bool = field(default=True, metadata={"help": "Whether routers of the target layers are trained."})
     router_delta_type: str = field(default="full", metadata={"help": "'full' or 'low_rank', for routers."})
-    corrected_router_layers: list[int] | None = field(
-        default=None, metadata={"help": "Filled in by correct_routers: further layers whose routers have a delta."}
-    )
+    strength: float = field(default=1.0, metadata={"help": "A factor on every delta of the adapter, >= 0."})
     attribution: dict[str, Any] | None = field(default=None, metadata={"help": "How the targets were chosen."})
     target_modules: set[str] | list[str] | str | None = field(
         default=None, metadata={"help": "Filled in at injection: the paths of the edited modules."}
@@ -78,66 +78,48 @@ class UOEConfig(PeftConfig):
         default=None, metadata={"help": "Filled in at injection: expert counts and shapes of the target layers."}
     )
 
-    def __post_init__(self) -> None:
+    corrected_router_layers: InitVar[list[int] | None] = None
+
+    def __post_init__(self, corrected_router_layers: list[int] | None) -> None:
         super().__post_init__()
+        if corrected_router_layers:
+            raise ValueError(
+                f"the adapter corrects the routers of layers {corrected_router_layers}, which this version cannot: "
+                "merge it with uoe_peft 0.1.0"
+            )
         self.peft_type = PeftType.UOE  # type: ignore[attr-defined]
-        if self.target_experts != "auto":
-            self.target_experts = _as_pairs(self.target_experts)
-        self.corrected_router_layers = _as_layers(self.corrected_router_layers)
+        if not (isinstance(self.target_experts, str) and self.target_experts == "auto"):
+            self.target_experts = as_pairs(self.target_experts)
+        self.target_projections = as_names("target_projections", self.target_projections)
+        self.r = as_int("r", self.r, minimum=1)
+        self.uoe_alpha = as_number("uoe_alpha", self.uoe_alpha, zero=False)
+        self.strength = as_number("strength", self.strength, zero=True)
+        self.use_rslora = as_bool("use_rslora", self.use_rslora)
+        self.train_router = as_bool("train_router", self.train_router)
         self._check_choices()
-        self._check_low_rank()
+        self._check_unsupported()
+        # Whether the adapter was put on for tensors that are still to come; no field, and never saved.
+        self.awaits_state = False
 
     def _check_choices(self) -> None:
         for name in ("delta_type", "router_delta_type"):
-            if getattr(self, name) not in get_args(DeltaType):
-                raise ValueError(f"{name} must be one of {get_args(DeltaType)}, got {getattr(self, name)!r}")
-        if self.init_weights not in (True, False, "zero_expert"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in get_args(DeltaType):
+                raise ValueError(f"{name} must be one of {get_args(DeltaType)}, got {value!r}")
+        if not isinstance(self.init_weights, str):
+            self.init_weights = as_bool("init_weights", self.init_weights)
+        elif self.init_weights != "zero_expert":
             raise ValueError(f'init_weights must be True, False or "zero_expert", got {self.init_weights!r}')
-        if self.init_weights == "zero_expert" and self.delta_type != "full":
+        elif self.delta_type != "full":
             raise ValueError('init_weights="zero_expert" needs delta_type="full": a low-rank delta cannot be -W')
-        if self.target_projections is not None and not self.target_projections:
-            raise ValueError("target_projections is empty; name at least one projection, or pass None for all of them")
+
+    def _check_unsupported(self) -> None:
         for name in ("exclude_modules", "target_parameters"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported by UOE: name the experts to edit in target_experts")
-
-    def _check_low_rank(self) -> None:
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r must be an integer >= 1, got {self.r!r}")
-        if not self.uoe_alpha > 0:
-            raise ValueError(f"uoe_alpha must be > 0, got {self.uoe_alpha!r}")
-
-
-def _as_pairs(target_experts: object) -> Pairs:
-    """Sorted `(layer_idx, expert_idx)` pairs from any accepted form, including what JSON makes of it."""
-    given: Iterable[Any]
-    if isinstance(target_experts, Mapping):
-        given = [(layer, expert) for layer, experts in target_experts.items() for expert in experts]
-    elif isinstance(target_experts, Iterable) and not isinstance(target_experts, str):
-        given = target_experts
-    else:
-        raise ValueError(_expected_pairs(target_experts))
-    try:
-        pairs = [(int(layer_idx), int(expert_idx)) for layer_idx, expert_idx in given]
-    except (TypeError, ValueError) as error:
-        raise ValueError(_expected_pairs(target_experts)) from error
-    if not pairs or any(index < 0 for pair in pairs for index in pair):
-        raise ValueError(_expected_pairs(target_experts))
-    if len(set(pairs)) < len(pairs):
-        raise ValueError(f"target_experts names an expert twice: {sorted(pairs)}")
-    return sorted(pairs)
-
-
-def _as_layers(layers: Iterable[int] | None) -> list[int] | None:
-    """Sorted decoder layers; None for none."""
-    given = sorted(layers or ())
-    if not all(isinstance(layer, int) and layer >= 0 for layer in given) or len(set(given)) < len(given):
-        raise ValueError(f"corrected_router_layers must be distinct decoder layers >= 0, got {layers!r}")
-    return given or None
-
-
-def _expected_pairs(got: object) -> str:
-    return (
-        "target_experts must be non-empty (layer_idx, expert_idx) pairs of integers >= 0, {layer_idx: [expert_idx]} "
-        f'or "auto", got {got!r}; for example target_experts=attribution.top(1)'
-    )
+        # A saved adapter has both: what was filled in, and what the base model looked like then.
+        if self.target_modules and self.base_experts is None:
+            raise ValueError(
+                f"target_modules is filled in by UOE, got {self.target_modules!r}: name the experts to edit in "
+                "target_experts, and their matrices in target_projections"
+            )

@@ -1,4 +1,4 @@
-"""The layers that UOE puts on a model: stacked experts, experts that are modules of their own, routers.
+"""The layers that UOE puts on experts: stacked in one module, or modules of their own.
 
 Letters: E experts of a layer, T tokens, N of them routed to one expert, H hidden size.
 """
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uoe_peft.moe import ExpertStorage, RoutedTokens, plain
-from uoe_peft.tuner.delta import AppliedGroup, SliceKey, UOELayer
+from uoe_peft.moe import ExpertStorage, RoutedTokens, expert_storage, is_quantised, plain
+from uoe_peft.tuner.delta import SliceKey
+from uoe_peft.tuner.merging import UOELayer
 
 
 class UOEExpertsLayer(UOELayer):
@@ -24,9 +25,22 @@ class UOEExpertsLayer(UOELayer):
     get the difference that the deltas make: `y[t] += weight[t] * (FFN(h[t]; W + delta) - FFN(h[t]; W))`.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, *, storage: ExpertStorage) -> None:
-        super().__init__(base_layer, adapter_name)
-        self.storage = storage
+    @property
+    def storage(self) -> ExpertStorage:
+        """Access to the wrapped module's experts, whichever module that is now."""
+        storage = expert_storage(self.get_base_layer())
+        assert storage is not None
+        return storage
+
+    def _read(self, base_layer: nn.Module, name: str) -> Any:
+        if name in self.storage.weight_attributes and self.applied_adapters():
+            raise RuntimeError(
+                f"{name} of {type(base_layer).__name__} was read past the adapters {self.applied_adapters()}, whose "
+                "deltas are added where the module is called: a kernel that takes the weights themselves (as with "
+                "use_kernels=True) would forget nothing. Call merge_adapter() first, or load the model without such "
+                "kernels; read the base's weights from get_base_layer()"
+            )
+        return super()._read(base_layer, name)
 
     def base_parameter(self, projection: str, index: int) -> Tensor:
         """The stack of all experts' matrices."""
@@ -47,19 +61,22 @@ class UOEExpertsLayer(UOELayer):
     def _cancel_last_projection(self, adapter_name: str) -> None:
         deltas = cast(nn.ParameterDict, self.uoe_delta[adapter_name])
         projection = self.storage.projections[-1]
-        slices = [self.base_slice(projection, index) for index in self.target_indices[adapter_name]]
+        slices = [self.original_slice((projection, index)) for index in self.target_indices[adapter_name]]
         deltas[projection].copy_(torch.stack(slices).neg())
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The experts' output, corrected at the tokens that are routed to an edited expert."""
         groups = self.applied_groups(adapter_names)
         result = cast(Tensor, self.base_layer(*args, **kwargs))
+        if not groups:
+            return result
+        storage = self.storage
         for group in groups:
             keys = self.edited_keys(group.adapters)
             for index in sorted({index for _, index in keys}):
-                tokens = self.storage.routed_tokens(index, args, kwargs)
+                tokens = storage.routed_tokens(index, args, kwargs)
                 if group.samples is not None:
-                    num_tokens = self.storage.num_tokens(args, kwargs)
+                    num_tokens = storage.num_tokens(args, kwargs)
                     tokens = _of_samples(tokens, group.mask(num_tokens, tokens.token.device))
                 # Under autograd the path runs without tokens, too: data-parallel training waits for every gradient.
                 if len(tokens.token) or torch.is_grad_enabled():
@@ -70,10 +87,11 @@ class UOEExpertsLayer(UOELayer):
         self, result: Tensor, index: int, tokens: RoutedTokens, keys: Mapping[SliceKey, list[str]]
     ) -> Tensor:
         """The experts' output with one expert's outputs computed from edited matrices."""
-        base = {projection: self.base_slice(projection, index) for projection in self.storage.projections}
+        storage = self.storage
+        base = {projection: storage.weight(projection, index) for projection in storage.projections}
         edited = {key[0]: self.edited_slice(key, adapters) for key, adapters in keys.items() if key[1] == index}
-        after = self.storage.forward_expert(tokens.hidden_states, index, {**base, **edited})  # (N, H)
-        before = self.storage.forward_expert(tokens.hidden_states, index, base)  # (N, H)
+        after = storage.forward_expert(tokens.hidden_states, index, {**base, **edited})  # (N, H)
+        before = storage.forward_expert(tokens.hidden_states, index, base)  # (N, H)
         correction = (tokens.weight * (after - before)).to(result.dtype)
         flat = result.reshape(-1, result.shape[-1])
         return flat.index_add(0, tokens.row, correction).view_as(result)
@@ -124,7 +142,14 @@ class UOELinearLayer(UOELayer):
     def _cancel_last_projection(self, adapter_name: str) -> None:
         if self.writes_output:
             for projection, delta in cast(nn.ParameterDict, self.uoe_delta[adapter_name]).items():
-                delta[0].copy_(self.base_slice(projection, 0).neg())
+                delta[0].copy_(self.original_slice((projection, self.target_indices[adapter_name][0])).neg())
+
+    @property
+    def weight(self) -> Tensor:
+        """The module's weight, edited: experts may multiply with it themselves. A quantised one is the base's."""
+        base = super().weight
+        keys = {} if is_quantised(base) else self.edited_keys(self.applied_adapters())
+        return next((self.edited_slice(key, adapters) for key, adapters in keys.items()), base)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The module's output with the deltas' added."""
@@ -141,53 +166,3 @@ class UOELinearLayer(UOELayer):
                     delta = self.get_delta_weight(adapter_name, projection, index)
                     result = result + F.linear(x.to(delta.dtype), delta).to(result.dtype)
         return result
-
-
-class UOERouterLayer(UOELayer):
-    """The delta of a router's matrix.
-
-    The router is called with the edited matrix in place of its own, so that its top-k, scaling, groups and biases stay
-    as they are.
-    """
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, *, gate_name: str) -> None:
-        """Wrap a router.
-
-        Args:
-            base_layer: The router.
-            adapter_name: Name of the first adapter.
-            gate_name: Path of the matrix inside the router.
-        """
-        super().__init__(base_layer, adapter_name)
-        self.gate_name = gate_name
-
-    def base_parameter(self, projection: str, index: int) -> Tensor:
-        """The router's matrix; there is one slice, whatever the index."""
-        return self.get_base_layer().get_parameter(self.gate_name)
-
-    def base_slice(self, projection: str, index: int) -> Tensor:
-        """The router's matrix, dequantised where it can be."""
-        return plain(self.base_parameter(projection, index))
-
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """What the router returns when it is called with the edited matrix."""
-        outputs: Any = None
-        for group in self.applied_groups(adapter_names):
-            keys = self.edited_keys(group.adapters)
-            edited = None
-            for key, adapters in keys.items():  # a router has one slice
-                substitute = {self.gate_name: self.edited_slice(key, adapters)}
-                edited = torch.func.functional_call(self.base_layer, substitute, args, kwargs)
-            if group.samples is None:
-                return edited if keys else self.base_layer(*args, **kwargs)
-            outputs = self.base_layer(*args, **kwargs) if outputs is None else outputs
-            outputs = self._select(group, edited, outputs)
-        return self.base_layer(*args, **kwargs) if outputs is None else outputs
-
-    def _select(self, group: AppliedGroup, edited: Any, outputs: Any) -> Any:
-        """Outputs with the rows of a group's samples taken from the edited router's."""
-        if isinstance(outputs, tuple):
-            return tuple(self._select(group, e, o) for e, o in zip(edited, outputs, strict=True))
-        flat = outputs.reshape(-1, outputs.shape[-1])
-        mask = group.mask(flat.shape[0], flat.device).unsqueeze(-1)
-        return torch.where(mask, edited.reshape(flat.shape), flat).view_as(outputs)

@@ -22,15 +22,8 @@ from torch import Tensor, nn
 
 from uoe_peft.data import Batch, collate
 from uoe_peft.moe.evaluation_mode import evaluation_mode
-from uoe_peft.moe.segments import (
-    LayerState,
-    fill_padding,
-    find_layers,
-    relative_difference,
-    run_from_layer,
-    run_until_layer,
-    tolerance,
-)
+from uoe_peft.moe.exactness import fill_padding, relative_difference, tolerance
+from uoe_peft.moe.segments import LayerState, find_layers, run_from_layer, run_until_layer
 from uoe_peft.training.reuse.edited import lowest_edited_layer
 from uoe_peft.training.reuse.store import (
     PrefixCacheUnavailable,

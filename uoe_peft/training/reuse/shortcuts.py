@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from uoe_peft.data import Batch
 from uoe_peft.moe.evaluation_mode import evaluation_mode
-from uoe_peft.moe.segments import stops_exactly
+from uoe_peft.moe.exactness import stops_exactly
 from uoe_peft.training.objective.forward import head_is_exact, vocab_size
 from uoe_peft.training.objective.logits import LOGITS_AT_ONCE
 from uoe_peft.training.objective.objective import Objective

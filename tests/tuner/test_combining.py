@@ -1,0 +1,145 @@
+"""A weighted sum of adapters is exact, in float32, and there or not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.tuner.conftest import hand_edited, make_config, randomise, stored_deltas
+from uoe_peft.tuner import UOELayer
+
+Logits = Callable[..., Tensor]
+LOW_RANK = {"delta_type": "low_rank", "router_delta_type": "low_rank"}
+
+
+def two_adapters(base: PreTrainedModel, *, autocast_adapter_dtype: bool = True, **kwargs: Any) -> PeftModel:
+    """Adapters of one expert and its neighbour, whose low-rank scales differ."""
+    model = get_peft_model(
+        base, make_config(base, **kwargs, r=2, uoe_alpha=2), autocast_adapter_dtype=autocast_adapter_dtype
+    )
+    layer_idx = model.peft_config["default"].target_experts[0][0]
+    config = make_config(base, target_experts=[(layer_idx, 1), (layer_idx, 4)], **kwargs, r=3, uoe_alpha=6)
+    model.add_adapter("second", config, autocast_adapter_dtype=autocast_adapter_dtype)
+    randomise(model)
+    randomise(model, adapter_name="second", seed=1)
+    return model.eval()
+
+
+def uoe_layers(model: PeftModel) -> list[UOELayer]:
+    return [module for module in model.modules() if isinstance(module, UOELayer)]
+
+
+def sums_of(model: PeftModel, factors: dict[str, float]) -> dict[tuple[Any, ...], Tensor]:
+    """Weighted sums of stored deltas in float64, by layer, projection and expert."""
+    sums: dict[tuple[Any, ...], Tensor] = {}
+    for place, layer in enumerate(uoe_layers(model)):
+        for name, factor in factors.items():
+            for projection, index, delta in stored_deltas(layer, name):
+                key = (place, projection, index)
+                sums[key] = sums.get(key, 0) + factor * delta.double()
+    return sums
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kwargs", "scales"), [({}, (1, 1)), (LOW_RANK, (1, 2))])
+def test_linear_sums_are_exact_whatever_the_base_is_stored_in(
+    qwen: PreTrainedModel,
+    dtype: torch.dtype,
+    kwargs: dict[str, Any],
+    scales: tuple[float, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = two_adapters(qwen.to(dtype), **kwargs)
+
+    def no_decomposition(*_: object, **__: object) -> None:
+        raise AssertionError("an exact sum needs no decomposition")
+
+    monkeypatch.setattr(torch.linalg, "svd", no_decomposition)
+    model.base_model.add_weighted_adapter(["default", "second"], [0.7, np.float32(-1.3)], "mixed")
+    expected = sums_of(model, {"default": 0.7 * scales[0], "second": -1.3 * scales[1]})
+    assert {key[2] for key in expected} == {0, 1, 4}  # experts, and 0 of the router
+    for place, layer in enumerate(uoe_layers(model)):
+        for projection, index in layer.edited_keys(["mixed"]):
+            found = layer.get_delta_weight("mixed", projection, index)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.double(), expected[place, projection, index], rtol=1e-5, atol=1e-6)
+    if kwargs:
+        assert model.peft_config["mixed"].r == 5
+
+
+def test_sums_of_transposed_low_rank_deltas(models: dict[str, PreTrainedModel], logits: Logits) -> None:
+    base = models["gpt_oss"]
+    model = two_adapters(copy.deepcopy(base), **LOW_RANK)
+    model.base_model.add_weighted_adapter(["default", "second"], [0.5, 0.25], "mixed")
+    model.set_adapter("mixed")
+    expected = logits(hand_edited(base, model, {"default": 0.5, "second": 0.5}))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_decompositions_of_bfloat16_deltas(qwen: PreTrainedModel) -> None:
+    model = two_adapters(qwen.to(torch.bfloat16), autocast_adapter_dtype=False)
+    model.base_model.add_weighted_adapter(["default"], [2.0], "small", combination_type="svd", svd_rank=np.int64(2))
+    for layer in uoe_layers(model)[1:]:  # experts; "svd" leaves the full delta of a router full
+        for projection, index, delta in stored_deltas(layer, "default"):
+            left, singular, right = np.linalg.svd(2 * delta.detach().double().numpy(), full_matrices=False)
+            found = layer.get_delta_weight("small", projection, index)
+            assert found.dtype == torch.float32
+            best = torch.from_numpy(left[:, :2] * singular[:2] @ right[:2])
+            torch.testing.assert_close(found.double(), best, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((["default"], [float("nan")]), {}, "weights must be finite"),
+        ((["default"], [float("inf")]), {}, "weights must be finite"),
+        ((["default"], [1.0]), {"combination_type": "svd", "svd_rank": 0}, "svd_rank must be an integer >= 1"),
+        ((["default"], [1.0]), {"combination_type": "svd", "svd_rank": True}, "svd_rank must be an integer >= 1"),
+        ((["default"], [1.0]), {"combination_type": "ties"}, "combination_type must be"),
+        ((["default", "second"], [1.0, 1.0]), {"combination_type": "cat"}, "different experts"),
+    ],
+)
+def test_bad_combinations_change_nothing(
+    qwen: PreTrainedModel, arguments: tuple[Any, ...], options: dict[str, Any], message: str
+) -> None:
+    model = two_adapters(qwen)
+    names = set(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        model.base_model.add_weighted_adapter(*arguments, "new", **options)
+    assert set(model.state_dict()) == names and set(model.peft_config) == {"default", "second"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_combination_that_fails_half_way_leaves_no_adapter(
+    qwen: PreTrainedModel, logits: Logits, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    model = two_adapters(qwen)
+    said, names = logits(model), set(model.state_dict())
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    calls: list[object] = []
+
+    def fail(*args: object, **_: object) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+
+    monkeypatch.setattr(UOELayer, "set_weighted_sum", fail)
+    with pytest.raises(error):
+        model.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "new")
+    assert set(model.state_dict()) == names and set(model.peft_config) == {"default", "second"}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert torch.equal(logits(model), said)
+
+
+def test_modules_saved_in_full_cannot_be_added(qwen: PreTrainedModel) -> None:
+    model = get_peft_model(qwen, make_config(qwen, modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"lm_head is saved in full by one of \['default'\]"):
+        model.base_model.add_weighted_adapter(["default"], [1.0], "new")

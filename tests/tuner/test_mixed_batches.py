@@ -1,0 +1,82 @@
+"""Each sample of a mixed batch has its own adapter, and what the model says of the batch is of that batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.tuner.conftest import make_config, randomise
+from uoe_peft.moe import find_moe_blocks
+
+Logits = Callable[..., Tensor]
+
+
+@pytest.fixture
+def adapted(base: PreTrainedModel) -> PeftModel:
+    model = get_peft_model(base, make_config(base)).eval()
+    randomise(model, std=0.5)
+    model.add_adapter("other", make_config(base, expert_idx=0))
+    randomise(model, adapter_name="other", seed=1, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("num_names", [1, 2, 11, 33])
+@pytest.mark.parametrize("family", ["qwen2_moe"], indirect=True)
+def test_names_must_be_one_for_each_sample(adapted: PeftModel, input_ids: Tensor, num_names: int) -> None:
+    message = f"adapter_names has {num_names} entries for a batch of 3 samples"
+    names = ["default"] * num_names
+    with pytest.raises(ValueError, match=message):
+        adapted(input_ids=input_ids, adapter_names=names)  # 33 tokens
+    with pytest.raises(ValueError, match=message):
+        embeds = adapted.get_input_embeddings()(input_ids)
+        adapted(inputs_embeds=embeds, adapter_names=names)
+    with pytest.raises(ValueError, match="entries for a batch of"):
+        adapted.generate(input_ids=input_ids, adapter_names=names, max_new_tokens=1, pad_token_id=0)
+    assert not adapted.get_base_model()._forward_pre_hooks  # nothing of a failed batch stays
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe"], indirect=True)
+def test_several_answers_to_one_prompt_are_of_its_adapter(adapted: PeftModel, input_ids: Tensor) -> None:
+    arguments = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 4, "pad_token_id": 0}
+    arguments |= {"num_return_sequences": 2, "num_beams": 2, "do_sample": False}
+    names = ["default", "__base__", "other"]
+    mixed = adapted.generate(input_ids=input_ids, adapter_names=names, **arguments).view(3, 2, -1)
+    for row, name in enumerate(names):
+        adapted.set_adapter(name if name != "__base__" else "default")
+        with adapted.disable_adapter() if name == "__base__" else torch.no_grad():
+            assert torch.equal(adapted.generate(input_ids=input_ids, **arguments).view(3, 2, -1)[row], mixed[row])
+    sampled = {**arguments, "num_beams": 1, "do_sample": True}
+    assert len(adapted.generate(input_ids=input_ids, adapter_names=names, **sampled)) == 6
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "olmoe"], indirect=True)
+def test_router_logits_are_those_of_the_batch(adapted: PeftModel, input_ids: Tensor) -> None:
+    def run(**kwargs: object) -> tuple[list[Tensor], Tensor]:
+        out = adapted(input_ids=input_ids, output_router_logits=True, **kwargs)
+        return [logits.view(3, 11, -1) for logits in out.router_logits], out.aux_loss
+
+    with torch.no_grad():
+        alone = {}
+        for name in ("default", "other"):
+            adapted.set_adapter(name)
+            alone[name], _ = run()
+        with adapted.disable_adapter():
+            alone["__base__"], _ = run()
+        names = ["default", "__base__", "other"]
+        mixed, aux_loss = run(adapter_names=names)
+    assert len(mixed) == len(find_moe_blocks(adapted))
+    for layer, logits in enumerate(mixed):
+        for row, name in enumerate(names):
+            torch.testing.assert_close(logits[row], alone[name][layer][row], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(mixed[-1][0], alone["__base__"][-1][0], atol=1e-3)
+    top_k = adapted.config.num_experts_per_tok
+    probabilities = torch.cat([logits.flatten(0, 1).softmax(-1) for logits in mixed])
+    chosen = torch.nn.functional.one_hot(probabilities.topk(top_k).indices, probabilities.shape[-1]).float()
+    share = chosen.mean(dim=0)  # (K, E)
+    expected = probabilities.shape[-1] * (share * probabilities.mean(dim=0)).sum()
+    torch.testing.assert_close(aux_loss, expected, rtol=1e-4, atol=1e-5)
