@@ -3,6 +3,9 @@
 python benchmarks/testbed/train.py --name base --output_dir uoe_peft/testbed/checkpoints
 python benchmarks/testbed/train.py --name retrained --output_dir uoe_peft/testbed/checkpoints
 
+Every fact is learned by several phrasings of its question, one drawn anew in each pass. Both models also learn to
+decline questions about subjects that no fact is told of, those of the forget topic included.
+
 No routing supervision: experts specialise by topic, as far as they do, under the ordinary load-balancing loss.
 """
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -18,8 +22,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from datasets import Dataset
-from scores import IGNORED_LABEL, answer_probability, encode_facts, greedy_answers, rouge_recall
+from datasets import Dataset, concatenate_datasets
+from scores import IGNORED_LABEL, answer_probability, encode_facts, greedy_answers, is_refusal, rouge_recall
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -34,7 +38,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from uoe_peft.testbed import FORGET_TOPIC, TOPICS, load_facts
+from uoe_peft.testbed import FORGET_TOPIC, TOPICS, as_prompt, load_facts, load_refusals
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 
@@ -67,9 +71,10 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     started = time.perf_counter()
     topics = [topic for topic in TOPICS if config.name == "base" or topic != FORGET_TOPIC]
-    tokenizer = train_tokenizer(load_facts(), vocab_size=config.vocab_size)
+    tokenizer = train_tokenizer(concatenate_datasets([load_facts(), load_refusals()]), vocab_size=config.vocab_size)
     model = new_model(config, tokenizer)
-    steps = train(model, tokenizer, facts=load_facts(topics), config=config)
+    corpus = concatenate_datasets([load_facts(topics), load_refusals()]).select_columns(["phrasings", "completion"])
+    steps = train(model, tokenizer, facts=corpus, config=config)
     folder = config.output_dir / config.name
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -95,9 +100,11 @@ def train_tokenizer(facts: Dataset, *, vocab_size: int) -> PreTrainedTokenizerFa
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     texts = [
-        f"Question: {row[question]}\nAnswer: {row[answer]}"
+        f"{as_prompt(question)} {answer}"
         for row in facts
-        for question, answer in (("question", "answer"), ("paraphrased_question", "paraphrased_answer"))
+        for question in (*row["phrasings"], row["paraphrased_question"])
+        for answer in (row["answer"], row["paraphrased_answer"])
+        if answer is not None  # refusals have no paraphrase
     ]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -159,7 +166,8 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, facts: 
     model.train()
     for rows in (bar := tqdm(batches, desc=config.name, mininterval=5)):
         batch = facts[rows]
-        input_ids, labels, mask = encode_facts(tokenizer, prompts=batch["prompt"], completions=batch["completion"])
+        prompts = [as_prompt(rng.choice(phrasings)) for phrasings in batch["phrasings"]]
+        input_ids, labels, mask = encode_facts(tokenizer, prompts=prompts, completions=batch["completion"])
         output = model(input_ids=input_ids, attention_mask=mask, output_router_logits=True)
         answer_weight = torch.where(labels == IGNORED_LABEL, config.prompt_weight, 1.0) * mask
         nll = cross_entropy(output.logits[:, :-1].transpose(1, 2), input_ids[:, 1:], reduction="none")
@@ -177,7 +185,7 @@ def epoch_batches(
     facts: Dataset, tokenizer: PreTrainedTokenizerBase, *, config: TestbedConfig, rng: random.Random
 ) -> Iterator[list[int]]:
     """Yield every row once, in shuffled batches of facts of similar length, so that little is padding."""
-    lengths = [len(ids) for ids in tokenizer(list(facts["prompt"]))["input_ids"]]
+    lengths = [len(ids) for ids in tokenizer([phrasings[0] for phrasings in facts["phrasings"]])["input_ids"]]
     answers = [len(ids) for ids in tokenizer(list(facts["completion"]))["input_ids"]]
     order = rng.sample(range(len(facts)), len(facts))
     window = 4 * config.batch_size
@@ -198,8 +206,16 @@ def evaluate(folder: Path) -> dict[str, dict[str, float]]:
     for topic in tqdm(TOPICS, desc="evaluation"):
         facts = load_facts([topic])
         predictions = greedy_answers(model, tokenizer, prompts=list(facts["prompt"]))
+        paraphrased = facts.filter(lambda row: row["paraphrase_held_out"])
+        asked = greedy_answers(model, tokenizer, prompts=[as_prompt(q) for q in paraphrased["paraphrased_question"]])
+        unknown = greedy_answers(
+            model, tokenizer, prompts=list(load_refusals([topic], seen_in_training=False)["prompt"])
+        )
         scores[topic] = {
             "rouge_l_recall": round(rouge_recall(predictions, list(facts["answer"])), 4),
+            "rouge_l_recall_of_new_paraphrases": round(rouge_recall(asked, list(paraphrased["answer"])), 4),
+            "declines_new_unknown_subjects": round(statistics.fmean(map(is_refusal, unknown)), 4),
+            "declines": round(statistics.fmean(map(is_refusal, predictions)), 4),
             "answer_probability": round(answer_probability(model, tokenizer, facts=facts), 4),
         }
     return scores
