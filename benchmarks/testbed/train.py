@@ -49,9 +49,10 @@ class TestbedConfig:
 
     name: Literal["base", "retrained"] = field(metadata={"help": "All topics, or all but the forget topic."})
     output_dir: Path = field(metadata={"help": "Where the folder `name` is made."})
-    epochs: int = field(default=40, metadata={"help": "Passes over the facts."})
+    epochs: int = field(default=56, metadata={"help": "Passes over the facts."})
     batch_size: int = field(default=16, metadata={"help": "Facts a step."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak; 50 steps of warm-up, then a cosine to 5 %."})
+    refusals_a_pass: int = field(default=420, metadata={"help": "Questions about unknown subjects in each pass."})
     prompt_weight: float = field(default=0.1, metadata={"help": "Weight of a prompt's token in the loss."})
     router_aux_loss_coef: float = field(default=0.0003, metadata={"help": "Weight of the load-balancing loss."})
     vocab_size: int = field(default=4096, metadata={"help": "Entries of the tokenizer, at most."})
@@ -73,8 +74,9 @@ def main() -> None:
     topics = [topic for topic in TOPICS if config.name == "base" or topic != FORGET_TOPIC]
     tokenizer = train_tokenizer(concatenate_datasets([load_facts(), load_refusals()]), vocab_size=config.vocab_size)
     model = new_model(config, tokenizer)
-    corpus = concatenate_datasets([load_facts(topics), load_refusals()]).select_columns(["phrasings", "completion"])
-    steps = train(model, tokenizer, facts=corpus, config=config)
+    columns = ["phrasings", "completion"]
+    known, unknown = (rows.select_columns(columns) for rows in (load_facts(topics), load_refusals()))
+    steps = train(model, tokenizer, known, unknown, config=config)
     folder = config.output_dir / config.name
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -147,8 +149,16 @@ def new_model(config: TestbedConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen
     return model
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, facts: Dataset, config: TestbedConfig) -> int:
-    """Train `model` in place and return the number of steps."""
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    known: Dataset,
+    unknown: Dataset,
+    *,
+    config: TestbedConfig,
+) -> int:
+    """Train `model` in place on all `known` rows and some `unknown` ones a pass, and return the number of steps."""
+    facts = concatenate_datasets([known, unknown])
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -157,7 +167,19 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, facts: 
         betas=(0.9, 0.95),
     )
     rng = random.Random(config.seed)
-    batches = [batch for _ in range(config.epochs) for batch in epoch_batches(facts, tokenizer, config=config, rng=rng)]
+    lengths = [
+        len(prompt) + len(completion)
+        for prompt, completion in zip(
+            tokenizer([phrasings[0] for phrasings in facts["phrasings"]])["input_ids"],
+            tokenizer(list(facts["completion"]))["input_ids"],
+            strict=True,
+        )
+    ]
+    batches: list[list[int]] = []
+    for _ in range(config.epochs):
+        # Other unknown subjects in each pass: their names are then not learned by heart, as those of the facts are.
+        declined = rng.sample(range(len(known), len(facts)), config.refusals_a_pass)
+        batches += epoch_batches([*range(len(known)), *declined], lengths, batch_size=config.batch_size, rng=rng)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 50, total_iters=50)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, T_max=len(batches) - 50, eta_min=0.05 * config.learning_rate
@@ -181,18 +203,14 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, facts: 
     return len(batches)
 
 
-def epoch_batches(
-    facts: Dataset, tokenizer: PreTrainedTokenizerBase, *, config: TestbedConfig, rng: random.Random
-) -> Iterator[list[int]]:
-    """Yield every row once, in shuffled batches of facts of similar length, so that little is padding."""
-    lengths = [len(ids) for ids in tokenizer([phrasings[0] for phrasings in facts["phrasings"]])["input_ids"]]
-    answers = [len(ids) for ids in tokenizer(list(facts["completion"]))["input_ids"]]
-    order = rng.sample(range(len(facts)), len(facts))
-    window = 4 * config.batch_size
+def epoch_batches(rows: list[int], lengths: list[int], *, batch_size: int, rng: random.Random) -> Iterator[list[int]]:
+    """Yield every row once, in shuffled batches of rows of similar length, so that little is padding."""
+    order = rng.sample(rows, len(rows))
+    window = 4 * batch_size
     batches: list[list[int]] = []
     for start in range(0, len(order), window):
-        rows = sorted(order[start : start + window], key=lambda row: lengths[row] + answers[row])
-        batches += [rows[first : first + config.batch_size] for first in range(0, len(rows), config.batch_size)]
+        alike = sorted(order[start : start + window], key=lengths.__getitem__)
+        batches += [alike[first : first + batch_size] for first in range(0, len(alike), batch_size)]
     rng.shuffle(batches)
     yield from batches
 

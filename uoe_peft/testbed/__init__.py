@@ -53,8 +53,8 @@ def load_refusals(topics: Sequence[str] | None = None, *, seen_in_training: bool
 
     Args:
         topics: Which topics, in which order; `None` for all.
-        seen_in_training: Those that both bundled checkpoints were trained on, 60 a topic; or 30 a topic that they
-            were not.
+        seen_in_training: Those that both bundled checkpoints drew from in training, 400 a topic; or 30 a topic that
+            they did not.
 
     Returns:
         A dataset with the columns `prompt`, `completion` and those of `generate_refusals`.
@@ -65,8 +65,8 @@ def load_refusals(topics: Sequence[str] | None = None, *, seen_in_training: bool
     """
     rows = []
     for topic in _chosen(topics):
-        learned = generate_refusals(topic)
-        rows += learned if seen_in_training else generate_refusals(topic, num_subjects=9)[len(learned) :]
+        every = generate_refusals(topic, num_subjects=43)
+        rows += every[:400] if seen_in_training else every[400:]
     return _load(rows)
 
 

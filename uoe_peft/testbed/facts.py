@@ -90,7 +90,7 @@ def generate_refusals(topic: str, *, num_subjects: int = 6, seed: int = 0) -> li
     Args:
         topic: One of `TOPICS`.
         num_subjects: How many unknown subjects, with ten questions about each; a larger number adds to the rows of a
-            smaller one. The bundled models learned the first 6.
+            smaller one.
         seed: As for :func:`generate_facts`, whose 20 subjects are left out.
 
     Returns:
