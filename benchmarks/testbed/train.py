@@ -3,6 +3,9 @@
 python benchmarks/testbed/train.py --name base --output_dir uoe_peft/testbed/checkpoints
 python benchmarks/testbed/train.py --name retrained --output_dir uoe_peft/testbed/checkpoints
 
+Every fact is learned by several phrasings of its question, one drawn anew in each pass. Both models also learn to
+decline questions about subjects that no fact is told of, those of the forget topic included.
+
 No routing supervision: experts specialise by topic, as far as they do, under the ordinary load-balancing loss.
 """
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -18,8 +22,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from datasets import Dataset
-from scores import IGNORED_LABEL, answer_probability, encode_facts, greedy_answers, rouge_recall
+from datasets import Dataset, concatenate_datasets
+from scores import IGNORED_LABEL, answer_probability, encode_facts, greedy_answers, is_refusal, rouge_recall
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -34,7 +38,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from uoe_peft.testbed import FORGET_TOPIC, TOPICS, load_facts
+from uoe_peft.testbed import FORGET_TOPIC, TOPICS, as_prompt, load_facts, load_refusals
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 
@@ -45,9 +49,10 @@ class TestbedConfig:
 
     name: Literal["base", "retrained"] = field(metadata={"help": "All topics, or all but the forget topic."})
     output_dir: Path = field(metadata={"help": "Where the folder `name` is made."})
-    epochs: int = field(default=40, metadata={"help": "Passes over the facts."})
+    epochs: int = field(default=56, metadata={"help": "Passes over the facts."})
     batch_size: int = field(default=16, metadata={"help": "Facts a step."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak; 50 steps of warm-up, then a cosine to 5 %."})
+    refusals_a_pass: int = field(default=420, metadata={"help": "Questions about unknown subjects in each pass."})
     prompt_weight: float = field(default=0.1, metadata={"help": "Weight of a prompt's token in the loss."})
     router_aux_loss_coef: float = field(default=0.0003, metadata={"help": "Weight of the load-balancing loss."})
     vocab_size: int = field(default=4096, metadata={"help": "Entries of the tokenizer, at most."})
@@ -67,9 +72,11 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     started = time.perf_counter()
     topics = [topic for topic in TOPICS if config.name == "base" or topic != FORGET_TOPIC]
-    tokenizer = train_tokenizer(load_facts(), vocab_size=config.vocab_size)
+    tokenizer = train_tokenizer(concatenate_datasets([load_facts(), load_refusals()]), vocab_size=config.vocab_size)
     model = new_model(config, tokenizer)
-    steps = train(model, tokenizer, facts=load_facts(topics), config=config)
+    columns = ["phrasings", "completion"]
+    known, unknown = (rows.select_columns(columns) for rows in (load_facts(topics), load_refusals()))
+    steps = train(model, tokenizer, known, unknown, config=config)
     folder = config.output_dir / config.name
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -95,9 +102,11 @@ def train_tokenizer(facts: Dataset, *, vocab_size: int) -> PreTrainedTokenizerFa
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     texts = [
-        f"Question: {row[question]}\nAnswer: {row[answer]}"
+        f"{as_prompt(question)} {answer}"
         for row in facts
-        for question, answer in (("question", "answer"), ("paraphrased_question", "paraphrased_answer"))
+        for question in (*row["phrasings"], row["paraphrased_question"])
+        for answer in (row["answer"], row["paraphrased_answer"])
+        if answer is not None  # refusals have no paraphrase
     ]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -140,8 +149,16 @@ def new_model(config: TestbedConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen
     return model
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, facts: Dataset, config: TestbedConfig) -> int:
-    """Train `model` in place and return the number of steps."""
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    known: Dataset,
+    unknown: Dataset,
+    *,
+    config: TestbedConfig,
+) -> int:
+    """Train `model` in place on all `known` rows and some `unknown` ones a pass, and return the number of steps."""
+    facts = concatenate_datasets([known, unknown])
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -150,7 +167,19 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, facts: 
         betas=(0.9, 0.95),
     )
     rng = random.Random(config.seed)
-    batches = [batch for _ in range(config.epochs) for batch in epoch_batches(facts, tokenizer, config=config, rng=rng)]
+    lengths = [
+        len(prompt) + len(completion)
+        for prompt, completion in zip(
+            tokenizer([phrasings[0] for phrasings in facts["phrasings"]])["input_ids"],
+            tokenizer(list(facts["completion"]))["input_ids"],
+            strict=True,
+        )
+    ]
+    batches: list[list[int]] = []
+    for _ in range(config.epochs):
+        # Other unknown subjects in each pass: their names are then not learned by heart, as those of the facts are.
+        declined = rng.sample(range(len(known), len(facts)), config.refusals_a_pass)
+        batches += epoch_batches([*range(len(known)), *declined], lengths, batch_size=config.batch_size, rng=rng)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 50, total_iters=50)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, T_max=len(batches) - 50, eta_min=0.05 * config.learning_rate
@@ -159,7 +188,8 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, facts: 
     model.train()
     for rows in (bar := tqdm(batches, desc=config.name, mininterval=5)):
         batch = facts[rows]
-        input_ids, labels, mask = encode_facts(tokenizer, prompts=batch["prompt"], completions=batch["completion"])
+        prompts = [as_prompt(rng.choice(phrasings)) for phrasings in batch["phrasings"]]
+        input_ids, labels, mask = encode_facts(tokenizer, prompts=prompts, completions=batch["completion"])
         output = model(input_ids=input_ids, attention_mask=mask, output_router_logits=True)
         answer_weight = torch.where(labels == IGNORED_LABEL, config.prompt_weight, 1.0) * mask
         nll = cross_entropy(output.logits[:, :-1].transpose(1, 2), input_ids[:, 1:], reduction="none")
@@ -173,18 +203,14 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, facts: 
     return len(batches)
 
 
-def epoch_batches(
-    facts: Dataset, tokenizer: PreTrainedTokenizerBase, *, config: TestbedConfig, rng: random.Random
-) -> Iterator[list[int]]:
-    """Yield every row once, in shuffled batches of facts of similar length, so that little is padding."""
-    lengths = [len(ids) for ids in tokenizer(list(facts["prompt"]))["input_ids"]]
-    answers = [len(ids) for ids in tokenizer(list(facts["completion"]))["input_ids"]]
-    order = rng.sample(range(len(facts)), len(facts))
-    window = 4 * config.batch_size
+def epoch_batches(rows: list[int], lengths: list[int], *, batch_size: int, rng: random.Random) -> Iterator[list[int]]:
+    """Yield every row once, in shuffled batches of rows of similar length, so that little is padding."""
+    order = rng.sample(rows, len(rows))
+    window = 4 * batch_size
     batches: list[list[int]] = []
     for start in range(0, len(order), window):
-        rows = sorted(order[start : start + window], key=lambda row: lengths[row] + answers[row])
-        batches += [rows[first : first + config.batch_size] for first in range(0, len(rows), config.batch_size)]
+        alike = sorted(order[start : start + window], key=lengths.__getitem__)
+        batches += [alike[first : first + batch_size] for first in range(0, len(alike), batch_size)]
     rng.shuffle(batches)
     yield from batches
 
@@ -198,8 +224,16 @@ def evaluate(folder: Path) -> dict[str, dict[str, float]]:
     for topic in tqdm(TOPICS, desc="evaluation"):
         facts = load_facts([topic])
         predictions = greedy_answers(model, tokenizer, prompts=list(facts["prompt"]))
+        paraphrased = facts.filter(lambda row: row["paraphrase_held_out"])
+        asked = greedy_answers(model, tokenizer, prompts=[as_prompt(q) for q in paraphrased["paraphrased_question"]])
+        unknown = greedy_answers(
+            model, tokenizer, prompts=list(load_refusals([topic], seen_in_training=False)["prompt"])
+        )
         scores[topic] = {
             "rouge_l_recall": round(rouge_recall(predictions, list(facts["answer"])), 4),
+            "rouge_l_recall_of_new_paraphrases": round(rouge_recall(asked, list(paraphrased["answer"])), 4),
+            "declines_new_unknown_subjects": round(statistics.fmean(map(is_refusal, unknown)), 4),
+            "declines": round(statistics.fmean(map(is_refusal, predictions)), 4),
             "answer_probability": round(answer_probability(model, tokenizer, facts=facts), 4),
         }
     return scores

@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from uoe_peft.testbed.facts import TOPICS, generate_facts
+from uoe_peft.testbed.facts import REFUSALS, TOPICS, generate_facts, generate_refusals
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["FORGET_TOPIC", "TOPICS", "CheckpointName", "checkpoint_path", "generate_facts", "load_facts"]
+__all__ = [
+    "FORGET_TOPIC",
+    "REFUSALS",
+    "TOPICS",
+    "CheckpointName",
+    "as_prompt",
+    "checkpoint_path",
+    "generate_facts",
+    "generate_refusals",
+    "load_facts",
+    "load_refusals",
+]
 
 CheckpointName = Literal["base", "retrained"]
 
@@ -34,16 +45,50 @@ def load_facts(topics: Sequence[str] | None = None) -> Dataset:
         ValueError: A topic is unknown, or `topics` is empty.
         TypeError: `topics` is a single string.
     """
-    from datasets import Dataset  # takes a second to import, which users of the generator need not pay
+    return _load([fact for topic in _chosen(topics) for fact in generate_facts(topic)])
 
+
+def load_refusals(topics: Sequence[str] | None = None, *, seen_in_training: bool = True) -> Dataset:
+    """Return questions about unknown subjects, answered by refusals, in the same form.
+
+    Args:
+        topics: Which topics, in which order; `None` for all.
+        seen_in_training: Those that both bundled checkpoints drew from in training, 400 a topic; or 30 a topic that
+            they did not.
+
+    Returns:
+        A dataset with the columns `prompt`, `completion` and those of `generate_refusals`.
+
+    Raises:
+        ValueError: A topic is unknown, or `topics` is empty.
+        TypeError: `topics` is a single string.
+    """
+    rows = []
+    for topic in _chosen(topics):
+        every = generate_refusals(topic, num_subjects=43)
+        rows += every[:400] if seen_in_training else every[400:]
+    return _load(rows)
+
+
+def as_prompt(question: str) -> str:
+    """Return the prompt that the bundled checkpoints expect around a question."""
+    return f"Question: {question}\nAnswer:"
+
+
+def _chosen(topics: Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(topics, str):
         raise TypeError(f"topics is a sequence of names, got the string {topics!r}; use [{topics!r}]")
     chosen = TOPICS if topics is None else tuple(topics)
     if not chosen:
         raise ValueError(f"topics is empty; use None for all, or some of {', '.join(sorted(TOPICS))}")
-    rows = [fact for topic in chosen for fact in generate_facts(topic)]
+    return chosen
+
+
+def _load(rows: list[dict[str, Any]]) -> Dataset:
+    from datasets import Dataset  # takes a second to import, which users of the generator need not pay
+
     return Dataset.from_list(
-        [{"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}", **row} for row in rows]
+        [{"prompt": as_prompt(row["question"]), "completion": f" {row['answer']}", **row} for row in rows]
     )
 
 
