@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from uoe_peft.testbed import REFUSALS
 
-IGNORED_LABEL = -100
+IGNORE_INDEX = -100
 
 
 @torch.inference_mode()
@@ -85,9 +85,9 @@ def answer_probability(
         input_ids, labels, mask = encode_facts(tokenizer, prompts=batch["prompt"], completions=batch["completion"])
         logits = model(input_ids=input_ids, attention_mask=mask).logits
         nll = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED_LABEL, reduction="none"
+            logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORE_INDEX, reduction="none"
         )
-        probabilities += (-nll.sum(1) / (labels[:, 1:] != IGNORED_LABEL).sum(1)).exp().tolist()
+        probabilities += (-nll.sum(1) / (labels[:, 1:] != IGNORE_INDEX).sum(1)).exp().tolist()
     return statistics.fmean(probabilities)
 
 
@@ -109,7 +109,7 @@ def encode_facts(
     rows = list(zip(prompt_ids, completion_ids, strict=True))
     length = max(len(prompt) + len(completion) for prompt, completion in rows)
     input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-    labels = torch.full((len(rows), length), IGNORED_LABEL)
+    labels = torch.full((len(rows), length), IGNORE_INDEX)
     mask = torch.zeros((len(rows), length), dtype=torch.long)
     for row, (prompt, completion) in enumerate(rows):
         end = len(prompt) + len(completion)

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from scores import IGNORED_LABEL, answer_probability, encode_facts, greedy_answers, is_refusal, rouge_recall
+from scores import IGNORE_INDEX, answer_probability, encode_facts, greedy_answers, is_refusal, rouge_recall
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -191,7 +191,7 @@ def train(
         prompts = [as_prompt(rng.choice(phrasings)) for phrasings in batch["phrasings"]]
         input_ids, labels, mask = encode_facts(tokenizer, prompts=prompts, completions=batch["completion"])
         output = model(input_ids=input_ids, attention_mask=mask, output_router_logits=True)
-        answer_weight = torch.where(labels == IGNORED_LABEL, config.prompt_weight, 1.0) * mask
+        answer_weight = torch.where(labels == IGNORE_INDEX, config.prompt_weight, 1.0) * mask
         nll = cross_entropy(output.logits[:, :-1].transpose(1, 2), input_ids[:, 1:], reduction="none")
         loss = (nll * answer_weight[:, 1:]).sum() / answer_weight[:, 1:].sum()
         (loss + config.router_aux_loss_coef * output.aux_loss).backward()
