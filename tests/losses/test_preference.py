@@ -53,14 +53,13 @@ def test_simnpo_without_margin_is_npo_against_a_certain_reference():
 
 def test_dpo_by_hand():
     alternative, ref_alternative = double(2.0, 2.0), double(4.0, 1.0)
-    expected = -(log_sigmoid(0.5 * (2.0 + 2.0)) + log_sigmoid(0.5 * (-1.0 - 1.0))) / 2
+    expected = -(2 / 0.5) * (log_sigmoid(0.5 * (2.0 + 2.0)) + log_sigmoid(0.5 * (-1.0 - 1.0))) / 2
     assert dpo_loss(NLL, REF, alternative, ref_alternative, beta=0.5).item() == pytest.approx(expected)
-    assert dpo_loss(REF, REF, REF, REF, beta=0.5).item() == pytest.approx(math.log(2))
+    assert dpo_loss(REF, REF, REF, REF, beta=0.5).item() == pytest.approx(4 * math.log(2))
 
 
 def test_dpo_with_an_unchanged_alternative_is_npo():
-    scale = 2 / 0.5
-    torch.testing.assert_close(scale * dpo_loss(NLL, REF, REF, REF, beta=0.5), npo_loss(NLL, REF, beta=0.5))
+    torch.testing.assert_close(dpo_loss(NLL, REF, REF, REF, beta=0.5), npo_loss(NLL, REF, beta=0.5))
 
 
 def test_gradients():

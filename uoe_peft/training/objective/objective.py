@@ -92,7 +92,6 @@ class Objective:
                 reads hidden states alone then go on to the LM head.
         """
         forget, no_counts = batches["forget"], Denominators()
-        counts = denominators.get("forget", no_counts)
         outputs = self._run(model, forget, self.forget_layer, with_likelihood=with_likelihood)
         terms: dict[str, Tensor] = {}
         metrics = _likelihood("forget", outputs)
@@ -103,8 +102,9 @@ class Objective:
             forget_rates = target_rates(trace, self.targets, mask)
             metrics["target_activation_rate"] = forget_rates.mean()
             if self.args.anchor_weight > 0:
-                terms["anchor"] = anchor_term(trace, self.targets, mask, args=self.args, denominator=counts.context)
-        terms["forget"] = self.forget(model, batches, outputs, counts)
+                context = denominators.get("forget", no_counts).context
+                terms["anchor"] = anchor_term(trace, self.targets, mask, args=self.args, denominator=context)
+        terms["forget"] = self.forget(model, batches, outputs, denominators)
         if "retain" in batches:
             retain = batches["retain"]
             kept = self._run(model, retain, self.retain_layer, with_likelihood=with_likelihood)
@@ -170,7 +170,11 @@ class Objective:
         return self.reference.hidden_layer if self.args.retain_loss == "embed_diff" else None
 
     def forget(
-        self, model: nn.Module, batches: Mapping[str, Batch], outputs: AnswerOutputs, denominators: Denominators
+        self,
+        model: nn.Module,
+        batches: Mapping[str, Batch],
+        outputs: AnswerOutputs,
+        denominators: Mapping[str, Denominators],
     ) -> Tensor:
         """The forget loss.
 
@@ -178,13 +182,14 @@ class Objective:
             model: The model, for losses that need a further pass.
             batches: "forget", and "alternative" for "dpo" and "idk".
             outputs: The model's outputs on the forget batch.
-            denominators: Of the forget batch.
+            denominators: By role; where one is missing, the batch's own counts.
 
         Returns:
             Scalar, before weighting.
         """
-        args, tokens, examples = self.args, denominators.tokens, denominators.examples
-        batch = batches["forget"]
+        args, batch = self.args, batches["forget"]
+        counts = denominators.get("forget", Denominators())
+        tokens, examples = counts.tokens, counts.examples
         match args.forget_loss:
             case "grad_ascent":
                 return losses.grad_ascent_loss(outputs.log_probs, denominator=tokens)
@@ -217,9 +222,9 @@ class Objective:
                     denominator=examples,
                 )
             case "idk":
-                # Per answer, not per token: the counts of the forget batch are then those of this batch, too.
-                said = self._run(model, batches["alternative"], None).nll("mean")
-                return losses.mean(said, examples)
+                said = self._run(model, batches["alternative"], None)
+                counts = denominators.get("alternative", Denominators())
+                return losses.nll_loss(said.log_probs, denominator=counts.tokens)
             case "undial":
                 teacher = self.reference.answers(model, batch)
                 return losses.mean(outputs.compared(teacher, self._undial(outputs.targets)), tokens)
