@@ -25,7 +25,7 @@ MASK = torch.tensor([[True, True, True, True], [False, True, True, False]])
 
 @pytest.fixture
 def routing() -> LayerRouting:
-    """Nine router classes, more than tokens, of which the last may compute nothing; padding holds NaN, one selection is cancelled."""
+    """Nine router classes, one of which may compute nothing; padding holds NaN, a selection is cancelled."""
     scores = torch.rand(B * S, CLASSES).softmax(dim=-1)
     index = torch.stack([torch.randperm(CLASSES)[:K] for _ in range(B * S)])
     index[1] = torch.tensor([8, 0, 5])

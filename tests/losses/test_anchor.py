@@ -51,9 +51,12 @@ def test_gradients():
     ("targets", "mask", "reduction", "message"),
     [
         ([3], FIRST_TWO, "token", r"experts 0 to 2, got \[3\]"),
+        ([4], FIRST_TWO, "token", "experts 0 to 2"),
+        ([1, 3], FIRST_TWO, "token", "experts 0 to 2"),
         ([-1], FIRST_TWO, "token", "experts 0 to 2"),
         ([], FIRST_TWO, "token", "experts 0 to 2"),
-        ([1], FIRST_TWO[:2], "token", r"expected \(3,\)"),
+        ([1], FIRST_TWO[:2], "token", r"mask has shape \(2,\), expected \(3,\)"),
+        ([1], FIRST_TWO.repeat(2), "token", r"mask has shape \(6,\), expected \(3,\)"),
         ([1], FIRST_TWO, "max", "'token' or 'mean_gate'"),
         ([1], ~torch.ones(3, dtype=torch.bool), "mean_gate", "no token"),
     ],

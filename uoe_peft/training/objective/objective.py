@@ -205,13 +205,8 @@ class Objective:
                     nll, ref_nll = nll / outputs.lengths, ref_nll / outputs.lengths
                 return losses.npo_loss(nll, ref_nll, beta=args.forget_beta, denominator=examples)
             case "simnpo":
-                return losses.simnpo_loss(
-                    outputs.nll(),
-                    outputs.lengths,
-                    beta=args.forget_beta,
-                    delta=args.simnpo_delta,
-                    denominator=examples,
-                )
+                nll, beta, delta = outputs.nll(), args.forget_beta, args.simnpo_delta
+                return losses.simnpo_loss(nll, outputs.lengths, beta=beta, delta=delta, denominator=examples)
             case "dpo":
                 return losses.dpo_loss(
                     outputs.nll(),
