@@ -37,6 +37,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NoReturn
 
 import pytest
@@ -48,8 +49,9 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkI
 from transformers import HfArgumentParser
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = "uoe_peft"
 # Loaded in every child anew: what is changed, and what tests it.
-OWN = ("uoe_peft", "tests", "conftest", "__main__")
+OWN = (PACKAGE, "tests", "conftest", "__main__")
 PASSED = 0
 CPU_TIME_OVER = (-signal.SIGXCPU, -signal.SIGKILL)
 TIMEOUT = "timeout"
@@ -257,6 +259,10 @@ def cpu_seconds_of_children() -> float:
 
 def run_tests(tests: list[str], path: Path | None, source: str) -> int:
     """Run tests in this process, with one module's source replaced."""
+    # The package's front door opens every room; a target's tests need few of them, and each mutant would wait for all.
+    closed = ModuleType(PACKAGE)
+    closed.__path__ = [str(ROOT / PACKAGE)]
+    sys.modules[PACKAGE] = closed
     if path is not None:
         sys.meta_path.insert(0, FromMemory(path, source))
     # Plugins that were loaded with the rest cannot rewrite their own assertions any more, which no test needs.
