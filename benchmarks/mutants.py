@@ -183,7 +183,7 @@ def try_mutants(target: Target, database: Any, args: MutantsArguments, *, until:
     chosen = [job_id for job_id in order[: args.sample] if job_id in pending]
     if not chosen or time.monotonic() > until:
         return
-    limit = 10 + 4 * preload(target, args.output_dir)
+    limit = 4 * preload(target, args.output_dir)
     for number, job_id in enumerate(chosen):
         if time.monotonic() > until:
             print(f"{target.name}: {args.minutes} minutes are over, {len(chosen) - number} left; start again to go on")
@@ -203,7 +203,7 @@ def try_mutants(target: Target, database: Any, args: MutantsArguments, *, until:
 
 
 def preload(target: Target, output_dir: Path) -> int:
-    """Load what the tests need but do not test, for all children to share; CPU seconds that the tests take then."""
+    """Load what the tests need but do not test, for all children to share; CPU seconds that it and the tests take."""
     names = output_dir / "modules.json"
 
     def baseline() -> int:
@@ -211,14 +211,13 @@ def preload(target: Target, output_dir: Path) -> int:
         names.write_text(json.dumps([name for name in sys.modules if name.split(".")[0] not in OWN]))
         return status
 
+    before = cpu_seconds_of_children()
     outcome, output = in_child(baseline, limit=3600)
     if outcome != PASSED:
         raise RuntimeError(f"the tests of {target.name} must pass on the unchanged code first:\n{output}")
     for name in json.loads(names.read_text()):
         with suppress(Exception):  # modules that others put there under names of their own
             importlib.import_module(name)
-    before = cpu_seconds_of_children()
-    in_child(partial(run_tests, target.tests, None, ""), limit=3600)
     return math.ceil(cpu_seconds_of_children() - before)
 
 

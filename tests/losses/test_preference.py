@@ -45,6 +45,23 @@ def test_simnpo_by_hand():
     assert simnpo_loss(NLL, double(2, 4), beta=1.3, delta=0.25).item() == pytest.approx(expected)
 
 
+def test_simnpo_of_answers_of_one_token_and_of_none():
+    expected = -(2 / 1.3) * (log_sigmoid(1.3 * (3 / 1 - 0.25)) + log_sigmoid(1.3 * (0 - 0.25))) / 2
+    assert simnpo_loss(double(3, 0), double(1, 0), beta=1.3, delta=0.25).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda **options: npo_loss(NLL, REF, **options),
+        lambda **options: simnpo_loss(NLL, REF, **options),
+        lambda **options: dpo_loss(NLL, REF, 2 * NLL, REF, **options),
+    ],
+)
+def test_a_whole_batch_s_number_of_examples_divides(loss):
+    assert loss(denominator=5).item() == pytest.approx(loss().item() * 2 / 5)
+
+
 def test_simnpo_without_margin_is_npo_against_a_certain_reference():
     torch.testing.assert_close(
         simnpo_loss(NLL, double(2, 4), beta=2.0, delta=0), npo_loss(NLL / double(2, 4), double(0, 0), beta=2.0)

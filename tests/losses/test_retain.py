@@ -76,7 +76,8 @@ def test_equal_rates_weigh_all_tokens_alike():
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="same tokens"):
-        kl_loss(torch.zeros(2, 3), torch.zeros(2, 4))
+    for columns, ref_columns in ((3, 4), (4, 3)):
+        with pytest.raises(ValueError, match=rf"\(2, {columns}\), ref_logits \(2, {ref_columns}\); .* same tokens"):
+            kl_loss(torch.zeros(2, columns), torch.zeros(2, ref_columns))
     with pytest.raises(ValueError, match="cap must be >= 1"):
         trace_weights(torch.ones(1, 1), torch.ones(1), torch.ones(1), cap=0.5)
