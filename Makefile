@@ -7,6 +7,7 @@ OUTPUT_DIR ?= demo_output
 BENCH_DEVICE ?= cpu
 BENCH_SCALE ?= default
 BENCH_THREADS ?= 2
+MUTANTS ?= --minutes 60
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +25,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quantization lint format types layout bench bench-forgetting clean
+.PHONY: help setup demo test test-quantization lint format types layout bench bench-forgetting mutants clean
 
 help:
 	@echo 'make demo     find the expert, unlearn a topic, switch the adapter on and off (2 minutes)'
@@ -36,6 +37,8 @@ help:
 	@echo 'make bench    all speed benchmarks, into outputs/bench (half an hour on two quiet cores);'
 	@echo '              on a GPU: BENCH_DEVICE=cuda BENCH_SCALE=qwen1.5-moe-a2.7b or qwen3-30b-a3b'
 	@echo 'make bench-forgetting   TOFU benchmark; needs UOE_DATA=<folder that holds tofu/>'
+	@echo 'make mutants  change the code one operator at a time and see which tests notice, for an hour; call it again'
+	@echo '              to go on; MUTANTS="--targets losses --sample 100" for a part'
 	@echo 'make clean    remove the virtual environment and the outputs'
 
 $(SETUP): pyproject.toml constraints.txt
@@ -86,6 +89,10 @@ bench: $(SETUP)
 bench-forgetting: $(SETUP)
 	@test -n "$(UOE_DATA)" || { echo 'set UOE_DATA to the folder that holds tofu/'; exit 1; }
 	$(BIN)/python benchmarks/tofu.py --data $(UOE_DATA)/tofu --output_dir outputs/tofu
+
+mutants: $(SETUP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	$(BIN)/python -W ignore benchmarks/mutants.py $(MUTANTS)
 
 clean:
 	rm -rf $(VENV) $(OUTPUT_DIR) outputs

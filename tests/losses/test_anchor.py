@@ -4,8 +4,8 @@ from torch.autograd import gradcheck
 
 from uoe_peft.losses import anchor_loss, mask_to_top_k
 
-SCORES = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.8, 0.1], [1.0, 0.0, 0.0]], dtype=torch.float64)
-FIRST_TWO = torch.tensor([True, True, False])
+SCORES = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.8, 0.1], [1.0, 0.0, 0.0], [0.3, 0.4, 0.3]], dtype=torch.float64)
+FIRST_TWO = torch.tensor([True, True, False, False])
 
 
 def test_by_hand():
@@ -36,9 +36,18 @@ def test_mean_gate_by_hand():
     assert anchor_loss(SCORES, [1], FIRST_TWO, reduction="mean_gate").item() == pytest.approx(0.09 + 0.25 + 0.04)
 
 
+def test_mean_gate_of_one_token_is_its_distance():
+    only = torch.tensor([True, False, False, False])
+    assert anchor_loss(SCORES, [1], only, reduction="mean_gate").item() == pytest.approx(0.98)
+
+
+def test_a_whole_batch_s_number_of_tokens_divides():
+    assert anchor_loss(SCORES, [1], FIRST_TWO, denominator=8).item() == pytest.approx((0.98 + 0.06) / 8)
+
+
 def test_mask_to_top_k_keeps_the_selected_scores():
-    masked = mask_to_top_k(SCORES, torch.tensor([[0, 2], [1, 0], [0, 1]]))
-    assert masked.tolist() == [[0.5, 0.0, 0.3], [0.1, 0.8, 0.0], [1.0, 0.0, 0.0]]
+    masked = mask_to_top_k(SCORES, torch.tensor([[0, 2], [1, 0], [0, 1], [2, 1]]))
+    assert masked.tolist() == [[0.5, 0.0, 0.3], [0.1, 0.8, 0.0], [1.0, 0.0, 0.0], [0.0, 0.4, 0.3]]
 
 
 def test_gradients():
@@ -51,11 +60,14 @@ def test_gradients():
     ("targets", "mask", "reduction", "message"),
     [
         ([3], FIRST_TWO, "token", r"experts 0 to 2, got \[3\]"),
+        ([4], FIRST_TWO, "token", "experts 0 to 2"),
+        ([1, 3], FIRST_TWO, "token", "experts 0 to 2"),
         ([-1], FIRST_TWO, "token", "experts 0 to 2"),
         ([], FIRST_TWO, "token", "experts 0 to 2"),
-        ([1], FIRST_TWO[:2], "token", r"expected \(3,\)"),
+        ([1], FIRST_TWO[:2], "token", r"mask has shape \(2,\), expected \(4,\)"),
+        ([1], FIRST_TWO.repeat(2), "token", r"mask has shape \(8,\), expected \(4,\)"),
         ([1], FIRST_TWO, "max", "'token' or 'mean_gate'"),
-        ([1], ~torch.ones(3, dtype=torch.bool), "mean_gate", "no token"),
+        ([1], ~torch.ones(4, dtype=torch.bool), "mean_gate", "no token"),
     ],
 )
 def test_bad_arguments_are_refused(targets, mask, reduction, message):

@@ -117,7 +117,11 @@ def test_gradients(loss):
     ("loss", "message"),
     [
         (lambda: wga_loss(LOG_PROBS, beta=-1), "beta must be >= 0, got -1"),
-        (lambda: satimp_loss(LOG_PROBS, beta2=-1), "beta1 and beta2"),
+        (lambda: wga_loss(LOG_PROBS, beta=-0.5), "beta must be >= 0, got -0.5"),
+        (lambda: satimp_loss(LOG_PROBS, beta2=-0.5), "beta1 and beta2 must be >= 0, got 5.0 and -0.5"),
+        (lambda: satimp_loss(LOG_PROBS, beta1=-0.5), "beta1 and beta2 must be >= 0, got -0.5 and 1.0"),
+        (lambda: undial_loss(torch.zeros(2, 4), torch.zeros(2, 3), torch.tensor([0, 1])), r"\(2, 3\)"),
+        (lambda: undial_loss(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([0]), beta=-0.5), "got -0.5"),
         (lambda: undial_loss(torch.zeros(2, 3), torch.zeros(2, 4), torch.tensor([0, 1])), r"\(2, 4\)"),
         (lambda: undial_loss(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([0]), beta=-1), "beta must"),
     ],

@@ -19,8 +19,8 @@ def log_sigmoid(x: float) -> float:
 
 
 def test_npo_by_hand():
-    expected = -(2 / 0.5) * (log_sigmoid(0.5 * 2.0) + log_sigmoid(0.5 * -1.0)) / 2
-    assert npo_loss(NLL, REF, beta=0.5).item() == pytest.approx(expected)
+    expected = -(2 / 0.3) * (log_sigmoid(0.3 * 2.0) + log_sigmoid(0.3 * -1.0)) / 2
+    assert npo_loss(NLL, REF, beta=0.3).item() == pytest.approx(expected)
 
 
 def test_npo_at_the_base_model_is_two_log_two_over_beta():
@@ -41,8 +41,25 @@ def test_npo_leaves_forgotten_answers_alone():
 
 
 def test_simnpo_by_hand():
-    expected = -(2 / 2.0) * (log_sigmoid(2.0 * (3 / 2 - 0.25)) + log_sigmoid(2.0 * (5 / 4 - 0.25))) / 2
-    assert simnpo_loss(NLL, double(2, 4), beta=2.0, delta=0.25).item() == pytest.approx(expected)
+    expected = -(2 / 1.3) * (log_sigmoid(1.3 * (3 / 2 - 0.25)) + log_sigmoid(1.3 * (5 / 4 - 0.25))) / 2
+    assert simnpo_loss(NLL, double(2, 4), beta=1.3, delta=0.25).item() == pytest.approx(expected)
+
+
+def test_simnpo_of_answers_of_one_token_and_of_none():
+    expected = -(2 / 1.3) * (log_sigmoid(1.3 * (3 / 1 - 0.25)) + log_sigmoid(1.3 * (0 - 0.25))) / 2
+    assert simnpo_loss(double(3, 0), double(1, 0), beta=1.3, delta=0.25).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda **options: npo_loss(NLL, REF, **options),
+        lambda **options: simnpo_loss(NLL, REF, **options),
+        lambda **options: dpo_loss(NLL, REF, 2 * NLL, REF, **options),
+    ],
+)
+def test_a_whole_batch_s_number_of_examples_divides(loss):
+    assert loss(denominator=5).item() == pytest.approx(loss().item() * 2 / 5)
 
 
 def test_simnpo_without_margin_is_npo_against_a_certain_reference():
@@ -53,14 +70,13 @@ def test_simnpo_without_margin_is_npo_against_a_certain_reference():
 
 def test_dpo_by_hand():
     alternative, ref_alternative = double(2.0, 2.0), double(4.0, 1.0)
-    expected = -(log_sigmoid(0.5 * (2.0 + 2.0)) + log_sigmoid(0.5 * (-1.0 - 1.0))) / 2
-    assert dpo_loss(NLL, REF, alternative, ref_alternative, beta=0.5).item() == pytest.approx(expected)
-    assert dpo_loss(REF, REF, REF, REF, beta=0.5).item() == pytest.approx(math.log(2))
+    expected = -(2 / 0.3) * (log_sigmoid(0.3 * (2.0 + 2.0)) + log_sigmoid(0.3 * (-1.0 - 1.0))) / 2
+    assert dpo_loss(NLL, REF, alternative, ref_alternative, beta=0.3).item() == pytest.approx(expected)
+    assert dpo_loss(REF, REF, REF, REF, beta=0.5).item() == pytest.approx(4 * math.log(2))
 
 
 def test_dpo_with_an_unchanged_alternative_is_npo():
-    scale = 2 / 0.5
-    torch.testing.assert_close(scale * dpo_loss(NLL, REF, REF, REF, beta=0.5), npo_loss(NLL, REF, beta=0.5))
+    torch.testing.assert_close(dpo_loss(NLL, REF, REF, REF, beta=0.5), npo_loss(NLL, REF, beta=0.5))
 
 
 def test_gradients():

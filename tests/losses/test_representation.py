@@ -13,13 +13,18 @@ def test_rmu_by_hand():
     assert rmu_loss(HIDDEN, DIRECTION, coefficient=5).item() == pytest.approx((24 / 3 + 11 / 3) / 2)
 
 
+def test_the_coefficient_may_be_a_tensor_without_dimensions():
+    expected = rmu_loss(HIDDEN, DIRECTION, coefficient=5)
+    torch.testing.assert_close(rmu_loss(HIDDEN, DIRECTION, coefficient=torch.tensor(5.0)), expected)
+
+
 def test_rmu_is_zero_at_its_target():
     assert rmu_loss(7 * DIRECTION.expand(2, 3), DIRECTION, coefficient=7) == 0
 
 
 def test_adaptive_coefficient_is_a_multiple_of_each_tokens_norm():
-    coefficient = adaptive_coefficient(HIDDEN, beta=2)
-    torch.testing.assert_close(coefficient, 2 * torch.tensor([5.0, 10.0], dtype=torch.float64).sqrt())
+    coefficient = adaptive_coefficient(HIDDEN, beta=0.6)
+    torch.testing.assert_close(coefficient, 0.6 * torch.tensor([5.0, 10.0], dtype=torch.float64).sqrt())
     expected = sum(rmu_loss(h[None], DIRECTION, coefficient=c.item()) for h, c in zip(HIDDEN, coefficient, strict=True))
     torch.testing.assert_close(rmu_loss(HIDDEN, DIRECTION, coefficient=coefficient), expected / 2)
 
@@ -55,7 +60,11 @@ def test_gradients():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"expected \(3,\), the hidden size"):
         rmu_loss(HIDDEN, DIRECTION[:2], coefficient=1)
-    with pytest.raises(ValueError, match="beta must be > 0"):
-        adaptive_coefficient(HIDDEN, beta=0)
-    with pytest.raises(ValueError, match="same tokens"):
-        embed_diff_loss(HIDDEN, HIDDEN[:1])
+    with pytest.raises(ValueError, match=r"direction has shape \(4,\), expected \(3,\)"):
+        rmu_loss(HIDDEN, torch.ones(4), coefficient=1)
+    for beta in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match=f"beta must be > 0, got {beta}"):
+            adaptive_coefficient(HIDDEN, beta=beta)
+    for hidden, ref_hidden in ((HIDDEN, HIDDEN[:1]), (HIDDEN[:1], HIDDEN)):
+        with pytest.raises(ValueError, match="same tokens"):
+            embed_diff_loss(hidden, ref_hidden)

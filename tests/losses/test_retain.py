@@ -51,13 +51,33 @@ def test_trace_weights_by_hand():
     torch.testing.assert_close(weights, torch.tensor([1.0, 3.0, 6.0]) * 3 / 10)
 
 
+def test_a_cap_of_one_lets_no_token_count_more():
+    routed = torch.tensor([[1], [0], [1]])
+    torch.testing.assert_close(trace_weights(routed, torch.tensor([0.9]), torch.tensor([0.3]), cap=1), torch.ones(3))
+    # Forget tokens reach it half as often: 0.5 against 1.
+    fewer = trace_weights(routed, torch.tensor([0.2]), torch.tensor([0.4]), cap=1)
+    torch.testing.assert_close(fewer, torch.tensor([0.5, 1.0, 0.5]) * 3 / 2)
+
+
+def test_no_weight_is_negative():
+    # Ratios 0.2 and 0.1: 1 - 0.8 - 0.9 for a token that reaches both.
+    routed = torch.tensor([[1, 1], [0, 0]])
+    weights = trace_weights(routed, torch.tensor([0.1, 0.05]), torch.tensor([0.5, 0.5]), cap=3)
+    torch.testing.assert_close(weights, torch.tensor([0.0, 2.0]))
+
+
+def test_tokens_that_all_reach_what_is_never_forgotten_get_no_weight():
+    assert trace_weights(torch.ones(2, 1), torch.zeros(1), torch.ones(1)).tolist() == [0, 0]
+
+
 def test_equal_rates_weigh_all_tokens_alike():
     routed, rate = torch.tensor([[1], [0], [1]]), torch.tensor([0.3])
     torch.testing.assert_close(trace_weights(routed, rate, rate), torch.ones(3))
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="same tokens"):
-        kl_loss(torch.zeros(2, 3), torch.zeros(2, 4))
+    for columns, ref_columns in ((3, 4), (4, 3)):
+        with pytest.raises(ValueError, match=rf"\(2, {columns}\), ref_logits \(2, {ref_columns}\); .* same tokens"):
+            kl_loss(torch.zeros(2, columns), torch.zeros(2, ref_columns))
     with pytest.raises(ValueError, match="cap must be >= 1"):
         trace_weights(torch.ones(1, 1), torch.ones(1), torch.ones(1), cap=0.5)

@@ -81,8 +81,11 @@ def dpo_loss(
 ) -> Tensor:
     """Direct Preference Optimization: an alternative answer is preferred to the forget answer.
 
-    `-mean(log sigmoid(beta * ((nll_f - ref_f) - (nll_a - ref_a))))`, Eq. 7 of
-    https://arxiv.org/abs/2305.18290, used for unlearning in https://arxiv.org/abs/2401.06121.
+    `-(2 / beta) * mean(log sigmoid(beta * ((nll_f - ref_f) - (nll_a - ref_a))))`: Eq. 7 of
+    https://arxiv.org/abs/2305.18290, used for unlearning in https://arxiv.org/abs/2401.06121, times
+    `2 / beta` as https://github.com/locuslab/open-unlearning has it. So its gradient has the size of
+    `npo_loss`'s, which is what is left of it while the alternative's likelihood does not change, and
+    learning rates of the two can be compared.
 
     Args:
         forget_nll: Negative log-likelihood of each forget answer, summed over its tokens, in nats.
@@ -94,7 +97,7 @@ def dpo_loss(
         denominator: See `mean`.
 
     Returns:
-        Scalar, positive; log 2 while the model equals the base model.
+        Scalar, positive; `2 log 2 / beta` while the model equals the base model.
 
     Raises:
         ValueError: `beta` is not positive, or the shapes differ.
@@ -108,7 +111,7 @@ def dpo_loss(
     )
     forgotten = forget_nll - ref_forget_nll.detach()
     adopted = ref_alternative_nll.detach() - alternative_nll
-    return mean(-F.logsigmoid(beta * (forgotten + adopted)), denominator)
+    return mean(-2 / beta * F.logsigmoid(beta * (forgotten + adopted)), denominator)
 
 
 def _check_beta(beta: float) -> None:

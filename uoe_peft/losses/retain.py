@@ -66,8 +66,9 @@ def trace_weights(routed: Tensor, forget_rate: Tensor, retain_rate: Tensor, *, c
     """Weights of retain tokens: those that reach an edited expert count more.
 
     `w_t = 1 + sum over target experts e routed at t of (min(f_e^F / f_e^R, cap) - 1)`, normalised
-    to mean 1, where f_e is the share of forget (F) or retain (R) tokens that select expert e. The
-    idea is TRACE's, https://arxiv.org/abs/2606.10338; the formula is a reconstruction from its
+    to mean 1, where f_e is the share of forget (F) or retain (R) tokens that select expert e. Tokens
+    that reach several experts which retain tokens use more would get a weight below 0: they get 0.
+    The idea is TRACE's, https://arxiv.org/abs/2606.10338; the formula is a reconstruction from its
     abstract.
 
     Args:

@@ -22,7 +22,9 @@ class UnlearningConfig(SFTConfig):
 
     Args:
         forget_loss: "grad_ascent" (with `retain_loss="nll"` this is GradDiff), "npo", "simnpo", "rmu", "dpo", "idk",
-            "undial", "wga", "satimp", "random_label" or "adversarial_label".
+            "undial", "wga", "satimp", "random_label" or "adversarial_label". The two with other answers to the forget
+            questions are those of TOFU: "idk" is the cross-entropy of the other answer alone, "dpo" prefers it to the
+            forget answer, with the base model as reference and the factor 2 / beta of "npo".
         retain_loss: "none", "nll", "kl" or "embed_diff" (RMU's). All but "none" need a retain set.
         forget_weight: Weight of the forget loss, >= 0.
         retain_weight: Weight of the retain loss, >= 0.

@@ -58,7 +58,6 @@ class Objective:
                 reads hidden states alone then go on to the LM head.
         """
         forget, no_counts = batches["forget"], Denominators()
-        counts = denominators.get("forget", no_counts)
         outputs = self._run(model, forget, self.forget_layer, with_likelihood=with_likelihood)
         terms: dict[str, Tensor] = {}
         metrics = _likelihood("forget", outputs)
@@ -69,8 +68,9 @@ class Objective:
             forget_rates = target_rates(trace, self.targets, mask)
             metrics["target_activation_rate"] = forget_rates.mean()
             if self.args.anchor_weight > 0:
-                terms["anchor"] = anchor_term(trace, self.targets, mask, args=self.args, denominator=counts.context)
-        terms["forget"] = self.forget(model, batches, outputs, counts, metrics)
+                context = denominators.get("forget", no_counts).context
+                terms["anchor"] = anchor_term(trace, self.targets, mask, args=self.args, denominator=context)
+        terms["forget"] = self.forget(model, batches, outputs, denominators, metrics)
         if "retain" in batches:
             retain = batches["retain"]
             kept = self._run(model, retain, self.retain_layer, with_likelihood=with_likelihood)
@@ -143,7 +143,7 @@ class Objective:
         model: nn.Module,
         batches: Mapping[str, Batch],
         outputs: AnswerOutputs,
-        denominators: Denominators,
+        denominators: Mapping[str, Denominators],
         metrics: dict[str, Tensor],
     ) -> Tensor:
         """The forget loss.
@@ -152,14 +152,15 @@ class Objective:
             model: The model, for losses that need a further pass.
             batches: "forget", and "alternative" for "dpo" and "idk".
             outputs: The model's outputs on the forget batch.
-            denominators: Of the forget batch.
+            denominators: By role; where one is missing, the batch's own counts.
             metrics: Takes what the loss finds on its way, see `reward_metrics`.
 
         Returns:
             Scalar, before weighting.
         """
-        args, tokens, examples = self.args, denominators.tokens, denominators.examples
-        batch = batches["forget"]
+        args, batch = self.args, batches["forget"]
+        counts = denominators.get("forget", Denominators())
+        tokens, examples = counts.tokens, counts.examples
         match args.forget_loss:
             case "grad_ascent":
                 return losses.grad_ascent_loss(outputs.log_probs, denominator=tokens)
@@ -176,13 +177,8 @@ class Objective:
                 metrics |= reward_metrics(args.forget_beta * (ref_nll - nll))
                 return losses.npo_loss(nll, ref_nll, beta=args.forget_beta, denominator=examples)
             case "simnpo":
-                return losses.simnpo_loss(
-                    outputs.nll(),
-                    outputs.lengths,
-                    beta=args.forget_beta,
-                    delta=args.simnpo_delta,
-                    denominator=examples,
-                )
+                nll, beta, delta = outputs.nll(), args.forget_beta, args.simnpo_delta
+                return losses.simnpo_loss(nll, outputs.lengths, beta=beta, delta=delta, denominator=examples)
             case "dpo":
                 nll, ref_nll = outputs.nll(), self.reference.nll(model, "forget", batch)
                 other = self._run(model, batches["alternative"], None).nll()
@@ -190,9 +186,9 @@ class Objective:
                 metrics |= reward_metrics(args.forget_beta * (ref_nll - nll), args.forget_beta * (ref_other - other))
                 return losses.dpo_loss(nll, ref_nll, other, ref_other, beta=args.forget_beta, denominator=examples)
             case "idk":
-                # Per answer, not per token: the counts of the forget batch are then those of this batch, too.
-                said = self._run(model, batches["alternative"], None).nll("mean")
-                return losses.mean(said, examples)
+                said = self._run(model, batches["alternative"], None)
+                counts = denominators.get("alternative", Denominators())
+                return losses.nll_loss(said.log_probs, denominator=counts.tokens)
             case "undial":
                 teacher = self.reference.answers(model, batch)
                 return losses.mean(outputs.compared(teacher, self._undial(outputs.targets)), tokens)
