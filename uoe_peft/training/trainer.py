@@ -21,12 +21,12 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from uoe_peft.data import Batch, PairedDataset
+from uoe_peft.evaluation.metrics import forget_retain_balance
 from uoe_peft.losses import answer_positions, control_direction
 from uoe_peft.losses.answers import IGNORED_LABEL
 from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.routing import RoutingTrace, record_routing
 from uoe_peft.moe.segments import find_layers
-from uoe_peft.training.balance import forget_retain_balance
 from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, OffloadPrefix, StopWhenForgotten
 from uoe_peft.training.checkpoint import load_full_checkpoint
 from uoe_peft.training.collator import UnlearningCollator
