@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import nn
+from peft import PeftModel
+from transformers import PreTrainedModel
 
+CausalLM = PreTrainedModel | PeftModel
 Scores = Mapping[str, float]
 Transform = Callable[[str], str]
 FORGET = "forget"
@@ -22,12 +24,11 @@ FORGET = "forget"
 class Score(Protocol):
     """Measures forgetting and retention of whatever model it is given.
 
-    The model is a causal language model of transformers, wrapped by PEFT or not; `model(input_ids=...,
-    attention_mask=...).logits` and `model.generate` work. It is not always the one that the attack was given: some
-    attacks hand over a copy. A score leaves the model as it was.
+    It is not always given the model that the attack was given: some attacks hand over a copy, in float32 or wrapped
+    once more by PEFT. A score leaves the model as it was.
     """
 
-    def __call__(self, model: nn.Module, *, prompts: Transform | None = None, column: str | None = None) -> Scores:
+    def __call__(self, model: CausalLM, *, prompts: Transform | None = None, column: str | None = None) -> Scores:
         """Ask the model.
 
         Args:
@@ -74,7 +75,7 @@ class AttackResult:
 
 
 def measured(
-    score: Score, model: nn.Module, *, prompts: Transform | None = None, column: str | None = None
+    score: Score, model: CausalLM, *, prompts: Transform | None = None, column: str | None = None
 ) -> dict[str, float]:
     """What a score says of a model, as plain floats.
 
@@ -93,6 +94,11 @@ def measured(
     return scores
 
 
+def baseline(score: Score, model: CausalLM, before: Scores | None) -> dict[str, float]:
+    """The scores of a model as it is: those that are known already, or measured now."""
+    return dict(before) if before is not None else measured(score, model)
+
+
 def strongest(curve: Sequence[Scores]) -> dict[str, float]:
     """The attack at its best: whoever attacks may stop anywhere on the curve.
 
@@ -102,7 +108,14 @@ def strongest(curve: Sequence[Scores]) -> dict[str, float]:
     Returns:
         Each score of the forget set: its maximum over the curve. All else, the place on the curve included: where the
         first of these scores has its (first) maximum.
+
+    Raises:
+        ValueError: The names differ along the curve.
     """
+    if any(set(point) != set(curve[0]) for point in curve):
+        raise ValueError(
+            f"scores must have the same names at every call (and in `before`), got {[*map(sorted, curve)]}"
+        )
     names = [name for name in curve[0] if name.startswith(FORGET)]
     peak = max(curve, key=lambda point: point[names[0]])
     return {**peak, **{name: max(point[name] for point in curve) for name in names}}
