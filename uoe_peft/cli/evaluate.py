@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from uoe_peft.cli.loading import load_model, load_rows
 from uoe_peft.cli.parsing import parse
 from uoe_peft.evaluation import (
+    QuestionSet,
     Suite,
     SuiteScore,
     calibrate_scale,
@@ -26,7 +27,9 @@ from uoe_peft.evaluation import (
     testbed_suite,
     tofu_suite,
 )
-from uoe_peft.evaluation.attacks import run_attack
+from uoe_peft.evaluation.attacks import AttackName, run_attack
+from uoe_peft.evaluation.evaluate import Attack
+from uoe_peft.evaluation.suites.suite import OTHER_PROMPT
 from uoe_peft.tuner import UOEConfig  # noqa: F401  (registers the method with PEFT)
 
 
@@ -55,6 +58,10 @@ class EvaluateArguments:
         default=None, metadata={"help": "YAML file with the options of attacks: {relearning: {learning_rate: 1e-4}}."}
     )
     attack_examples: int = field(default=40, metadata={"help": "Rows of each set that attacks are scored on."})
+    attack_rows: int = field(
+        default=40,
+        metadata={"help": "Rows of the forget set that relearning, soft_prompt, gcg and few_shot use; not evaluated."},
+    )
     retain_share: float | None = field(
         default=None, metadata={"help": "Find the greatest scale of the adapter that keeps this share, such as 0.95."}
     )
@@ -84,15 +91,16 @@ def run(arguments: Sequence[str]) -> None:
     suite = suite_of(options)
     tokenizer = AutoTokenizer.from_pretrained(name)
     load = partial(load_model, dtype=options.dtype, device_map=options.device_map)
-    model = cast(PeftModel, PeftModel.from_pretrained(load(name), options.adapter).eval())
+    model = PeftModel.from_pretrained(load(name), options.adapter).eval()
     asked = {"batch_size": options.batch_size, "max_length": options.max_length, "seed": options.seed}
     asked["max_new_tokens"] = options.max_new_tokens
+    attacks, suite = attacks_of(options, suite, tokenizer)
     calibration = None
     if options.retain_share is not None or options.forget_limit is not None:
         validation, suite = split_off(suite, options.validation_examples, seed=options.seed)
         calibration = calibrate_scale(
             model,
-            SuiteScore(validation, tokenizer, **asked),
+            SuiteScore(Suite("validation", validation), tokenizer, **asked),
             retain_share=options.retain_share,
             forget_limit=options.forget_limit,
         )
@@ -101,7 +109,7 @@ def run(arguments: Sequence[str]) -> None:
         suite,
         processing_class=tokenizer,
         retrained_model=load(options.retrained_model).eval() if options.retrained_model else None,
-        attacks=[partial(run_attack, attack, **own) for attack, own in attacks_of(options).items()],
+        attacks=attacks,
         attack_examples=options.attack_examples,
         calibration=calibration,
         max_examples=options.max_examples,
@@ -142,33 +150,46 @@ def suite_of(options: EvaluateArguments) -> Suite:
     return Suite(suite.name, (*suite.sets, option_set(load_option_files(options.mmlu), by=("subject",))))
 
 
-def split_off(suite: Suite, num_examples: int, *, seed: int) -> tuple[Suite, Suite]:
-    """A suite of a few rows of the first forget and retain set, and the suite without them.
+def split_off(
+    suite: Suite, num_examples: int, *, seed: int, roles: Sequence[str] = ("forget", "retain")
+) -> tuple[tuple[QuestionSet, ...], Suite]:
+    """A few rows of the first set of each role, and the suite without them.
 
     Raises:
         ValueError: A set has no more rows than are to be split off.
     """
-    from dataclasses import replace
-
     chosen, rest = [], list(suite.sets)
-    for part in (suite.of_role("forget")[0], suite.of_role("retain")[0]):
+    for part in (suite.of_role(role)[0] for role in roles):
         rows = cast(Dataset, part.rows)
         if len(rows) <= num_examples:
-            raise ValueError(f"the {part.name} set has {len(rows)} rows; lower --validation_examples={num_examples}")
+            raise ValueError(
+                f"the {part.name} set has {len(rows)} rows, of which {num_examples} are to be set aside; lower "
+                "--validation_examples or --attack_rows"
+            )
         halves = rows.train_test_split(test_size=num_examples, seed=seed)
         chosen.append(replace(part, rows=halves["test"]))
         rest[rest.index(part)] = replace(part, rows=halves["train"])
-    return Suite("validation", tuple(chosen)), Suite(suite.name, tuple(rest))
+    return tuple(chosen), Suite(suite.name, tuple(rest))
 
 
-def attacks_of(options: EvaluateArguments) -> dict[str, dict[str, Any]]:
-    """The attacks that the options ask for, with their own options.
+def attacks_of(options: EvaluateArguments, suite: Suite, tokenizer: Any) -> tuple[list[Attack], Suite]:
+    """The attacks that the options ask for, and the suite without the rows that these attacks use.
 
     Raises:
-        ValueError: The file has options of an attack that is not asked for.
+        ValueError: The file has options of an attack that is not asked for, or the forget set is too small.
     """
     given = yaml.safe_load(Path(options.attack_options).read_text()) if options.attack_options else {}
     unused = sorted(set(given) - set(options.attacks))
     if unused:
         raise ValueError(f"{options.attack_options} has options of {unused}, which --attacks does not ask for")
-    return {name: given.get(name) or {} for name in options.attacks}
+    defaults: dict[str, dict[str, Any]] = {"paraphrase": {"column": OTHER_PROMPT}}
+    if set(options.attacks) & {"relearning", "soft_prompt", "gcg", "few_shot"}:
+        parts, suite = split_off(suite, options.attack_rows, seed=options.seed, roles=("forget",))
+        rows = cast(Dataset, parts[0].rows)
+        trained = {"dataset": rows, "processing_class": tokenizer}
+        defaults |= {"relearning": trained, "soft_prompt": trained, "gcg": trained}
+        if {"prompt", "completion"} <= set(rows.column_names):
+            shown = rows.select(range(min(3, len(rows))))
+            defaults["few_shot"] = {"examples": [(row["prompt"], row["completion"]) for row in shown]}
+    own = {name: {**defaults.get(name, {}), **(given.get(name) or {})} for name in options.attacks}
+    return [partial(run_attack, cast(AttackName, name), **settings) for name, settings in own.items()], suite
