@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
+from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset, IterableDataset
@@ -262,7 +263,7 @@ def _settings(
     return {
         "suite": suite.name,
         "examples": {name: len(asked.columns) for name, asked in sets.items()},
-        "model": str(getattr(model.config, "_name_or_path", "") or type(model.get_base_model()).__name__),
+        "model": _model_name(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "adapter": str(getattr(config.peft_type, "value", config.peft_type)),
         "target_experts": [list(pair) for pair in targets] if isinstance(targets, (list, tuple)) else None,
@@ -271,6 +272,12 @@ def _settings(
         **others,
         "versions": {name: _version(name) for name in _VERSIONS},
     }
+
+
+def _model_name(model: PeftModel) -> str:
+    """Its name on the Hub, or the end of its folder's path: where a report was made says nothing to its readers."""
+    name = str(getattr(model.config, "_name_or_path", "")) or type(model.get_base_model()).__name__
+    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
 
 
 def _version(package: str) -> str:

@@ -23,7 +23,7 @@ main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 64px; }
 h1 { font-size: 1.6rem; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 40px 0 8px; border-top: 1px solid #dde1e7; padding-top: 16px; }
 h3 { font-size: 1rem; margin: 16px 0 4px; }
-p { margin: 4px 0 8px; max-width: 76ch; }
+p { margin: 4px 0 8px; max-width: 76ch; overflow-wrap: anywhere; }
 .quiet { color: #586173; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); gap: 12px 32px; }
 figure { margin: 0; } figcaption { font-weight: 600; margin: 12px 0 4px; }
@@ -101,6 +101,7 @@ def _head(report: UnlearningReport, title: str) -> str:
     what = [str(settings[name]) for name in ("suite", "model", "adapter", "dtype") if settings.get(name)]
     targets = settings.get("target_experts")
     what += [f"experts {', '.join(f'{layer}:{expert}' for layer, expert in targets)}"] if targets else []
+    hidden = "the attacks below show what is only hidden." if report.attacks else "no attack was run."
     lines = [f"<h1>{escape(title)}</h1>", f'<p class="quiet">{escape(" · ".join(what))}</p>']
     if "retrained" in report.scores:
         for model in (name for name in ("unlearned", "calibrated") if name in report.scores):
@@ -111,9 +112,7 @@ def _head(report: UnlearningReport, title: str) -> str:
                 f"<p><b>{escape(MODEL_NAMES[model])}</b>: the forget sets are {gone} (+ 0.05); "
                 f"95 % of the base model's score on every retain set is {kept}.</p>"
             )
-    lines.append(
-        '<p class="quiet">This is what the models say when asked plainly; see the attacks for what is only hidden.</p>'
-    )
+    lines.append(f'<p class="quiet">This is what the models say when asked plainly; {hidden}</p>')
     return "\n".join(lines)
 
 
@@ -212,10 +211,17 @@ def _routing(report: UnlearningReport) -> str:
     places = {shift.layer_idx: place for place, shift in enumerate(layers)}
     marked = [(places[layer], expert) for layer, expert in targets if layer in places]
     labels = [str(shift.layer_idx) for shift in layers]
+    highest = max(max(*shift.affinity_off, *shift.affinity_on) for shift in layers)
     maps = [
         _figure(
             f"Affinity for the forget set, adapter {state} (layer × expert)",
-            heat_map([getattr(shift, f"affinity_{state}") for shift in layers], labels, marked=marked, title=state),
+            heat_map(
+                [getattr(shift, f"affinity_{state}") for shift in layers],
+                labels,
+                marked=marked,
+                highest=highest,
+                title=state,
+            ),
         )
         for state in ("off", "on")
     ]

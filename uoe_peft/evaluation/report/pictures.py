@@ -84,7 +84,12 @@ def frontier(
 
 
 def heat_map(
-    values: Sequence[Sequence[float]], labels: Sequence[str], *, marked: Sequence[tuple[int, int]], title: str
+    values: Sequence[Sequence[float]],
+    labels: Sequence[str],
+    *,
+    marked: Sequence[tuple[int, int]],
+    highest: float,
+    title: str,
 ) -> str:
     """A grid of values, darker for higher, each cell with its number as a tooltip.
 
@@ -92,11 +97,12 @@ def heat_map(
         values: Rows of equal length, at least 0.
         labels: One a row.
         marked: Row and column of cells to frame.
+        highest: The value of the darkest colour, so that two pictures can be compared.
         title: What the picture shows, for who cannot see it.
     """
     left, num_columns = 28, len(values[0])
     width, height = (_WIDTH - left - 2) / num_columns, 20
-    highest = max(max(row) for row in values) or 1.0
+    highest = highest or 1.0
     parts = []
     for place, (label, row) in enumerate(zip(labels, values, strict=True)):
         y = 2 + place * height

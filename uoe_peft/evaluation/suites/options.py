@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset
 
 from uoe_peft.evaluation.suites.suite import LABEL, OPTIONS, QuestionSet, SetRole
 
@@ -48,13 +49,13 @@ def load_option_files(folder: str | PathLike[str]) -> Dataset:
     paths = sorted(Path(folder).glob("*.csv"))
     if not paths:
         raise ValueError(f"{folder} has no CSV files; expected MMLU's, such as astronomy_test.csv")
-    parts = []
+    rows = []
     for path in paths:
-        # Options such as "None" or "1" are text, and stay so.
-        part = load_dataset("csv", data_files=str(path), split="train", keep_default_na=False, dtype=str)
-        subject = path.stem.rpartition("_")[0] or path.stem
-        parts.append(part.add_column("subject", [subject] * len(part)))
-    return concatenate_datasets(parts)
+        # Not by `load_dataset`: options such as "None" or "1" are text here, and stay so.
+        with path.open(encoding="utf-8", newline="") as file:
+            subject = path.stem.rpartition("_")[0] or path.stem
+            rows += [{**row, "subject": subject} for row in csv.DictReader(file)]
+    return Dataset.from_list(rows)
 
 
 def _as_row(row: Mapping[str, Any], place: int, name: str, question: str) -> dict[str, Any]:
