@@ -127,7 +127,11 @@ def _metrics(report: UnlearningReport) -> str:
 
 def _values(report: UnlearningReport) -> str:
     rows = [
-        [part.set_name, f"{part.column}: {part.value}", *(cell(scores) for scores in part.scores.values())]
+        [
+            part.set_name,
+            f"{part.column}: {part.value}",
+            *(cell(part.scores[m]) if m in part.scores else "-" for m in report.scores),
+        ]
         for part in report.by_value
     ]
     return "## By value\n\n" + table(["set", "value", *report.scores], rows) if rows else ""
