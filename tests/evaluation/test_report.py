@@ -169,7 +169,7 @@ def test_tables_hold_hostile_text() -> None:
     lines = FULL.markdown().splitlines()
     rows = [line for line in lines if line.startswith("| retain | topic")]
     assert len(rows) == 1
-    assert len(re.findall(r"(?<!\\\\)\|", rows[0])) == 3 + len(FULL.scores)
+    assert len(re.findall(r"(?<!\\)\|", rows[0])) == 3 + len(FULL.scores)
     assert "| int4 | calibrated | 0.50 | 0.500 → 0.800 |" in lines
     assert "3.00e-09" in FULL.markdown()
 

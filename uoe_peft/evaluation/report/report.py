@@ -190,14 +190,10 @@ class UnlearningReport:
         return cls(
             scores={model: _sets(content[model]) for model in MODELS if model in content},
             notes=tuple(content["notes"]),
-            by_value=tuple(
-                ValueScores(**{**part, "scores": _sets(part["scores"])}) for part in content.get("by_value", ())
-            ),
+            by_value=tuple(_value(part) for part in content.get("by_value", ())),
             metrics=content.get("metrics", {}),
             routing=tuple(_shift(shift) for shift in content.get("routing", ())),
-            attacks=tuple(
-                AttackRun(**{**run, "result": AttackResult(**run["result"])}) for run in content.get("attacks", ())
-            ),
+            attacks=tuple(_attack(run) for run in content.get("attacks", ())),
             calibration=_calibration(content.get("calibration")),
             roles=content.get("roles", {"forget": "forget", "retain": "retain"}),
             settings=content.get("settings", {}),
@@ -255,6 +251,15 @@ def _sets(content: Mapping[str, Any]) -> dict[str, AnswerScores]:
         return AnswerScores(**{**values, "metrics": metrics})
 
     return {name: scores(values) for name, values in content.items()}
+
+
+def _value(content: Mapping[str, Any]) -> ValueScores:
+    return ValueScores(**{**content, "scores": _sets(content["scores"])})
+
+
+def _attack(content: Mapping[str, Any]) -> AttackRun:
+    result = AttackResult(**{**content["result"], "curve": tuple(content["result"]["curve"])})
+    return AttackRun(**{**content, "result": result})
 
 
 def _shift(content: Mapping[str, Any]) -> LayerShift:
