@@ -28,6 +28,9 @@ class UnlearningConfig(SFTConfig):
         retain_loss: "none", "nll", "kl" or "embed_diff" (RMU's). All but "none" need a retain set.
         forget_weight: Weight of the forget loss, >= 0.
         retain_weight: Weight of the retain loss, >= 0.
+        alternative_weight: Weight of the cross-entropy on alternative answers beside any forget loss, >= 0: the forget
+            loss takes the old answer away, this says what to answer instead. Alternatives are the forget set's column
+            "alternative", or drawn from "I don't know" phrases. "idk" is this term alone.
         anchor_weight: Weight of the router anchor, Eq. 3 of https://arxiv.org/abs/2411.18797, >= 0. It applies to
             models with a UOE adapter only.
         anchor_scores: Router scores in the anchor: "softmax" over all experts, or "topk", those of the selected
@@ -112,6 +115,7 @@ class UnlearningConfig(SFTConfig):
     retain_loss: RetainLoss = field(default="nll", metadata={"help": "Loss on the retain set."})
     forget_weight: float = field(default=1.0, metadata={"help": "Weight of the forget loss."})
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain loss."})
+    alternative_weight: float = field(default=0.0, metadata={"help": "Weight of the alternative answers' loss."})
     anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the router anchor."})
     anchor_scores: Literal["softmax", "topk"] = field(
         default="softmax", metadata={"help": "Router scores in the anchor."}
@@ -191,6 +195,11 @@ class UnlearningConfig(SFTConfig):
         return DEFAULT_BETA.get(self.forget_loss, 0.0) if self.beta is None else self.beta
 
     @property
+    def needs_alternatives(self) -> bool:
+        """Whether training reads other answers to the forget set's questions."""
+        return self.forget_loss in ("dpo", "idk") or self.alternative_weight > 0
+
+    @property
     def needs_retain(self) -> bool:
         """Whether training reads a retain set."""
         return self.retain_loss != "none" and self.retain_weight > 0
@@ -210,8 +219,8 @@ class UnlearningConfig(SFTConfig):
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
 
     def _check_numbers(self) -> None:
-        not_negative = ("forget_weight", "retain_weight", "anchor_weight", "satimp_beta1", "satimp_beta2")
-        for name in not_negative:
+        weights = ("forget_weight", "retain_weight", "alternative_weight", "anchor_weight")
+        for name in (*weights, "satimp_beta1", "satimp_beta2"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         zero_allowed = self.forget_loss in ("undial", "wga")
