@@ -13,6 +13,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,7 +70,7 @@ class Backup:
                     f"{edit.tensor} of {checkpoint.name} is not what the merge wrote: the backup {self.file.path} is "
                     "of another checkpoint, or the merge was undone already"
                 )
-            patches[edit.shard].append(Patch(edit.start, edit.num_bytes, lambda index=index: self._bytes(index)))  # type: ignore[misc]
+            patches[edit.shard].append(Patch(edit.start, edit.num_bytes, partial(self._bytes, index)))
         return list(self.edits), dict(patches)
 
     def _bytes(self, index: int) -> Iterator[bytearray]:

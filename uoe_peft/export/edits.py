@@ -133,14 +133,14 @@ def _expert_edits(adapter: SavedAdapter, block: MoEBlock, experts: list[int]) ->
                 layer_idx=block.layer_idx,
                 expert_idx=expert_idx,
                 projection=projection,
-                target=_expert_slice(block, projection, expert_idx),
+                target=expert_slice(block, projection, expert_idx),
                 transposed=storage.is_transposed(projection),
                 delta=_delta(adapter, place, num_slices=1 if listed else len(experts)),
                 position=0 if listed else position,
             )
 
 
-def _expert_slice(block: MoEBlock, projection: str, expert_idx: int) -> MemorySlice:
+def expert_slice(block: MoEBlock, projection: str, expert_idx: int) -> MemorySlice:
     """Where a slice is: stacks hold the experts' matrices one after the other, whatever their dimensions."""
     storage = block.storage
     parameter = storage.parameter(projection, expert_idx)
@@ -225,14 +225,19 @@ def plan(
     """
     tensors, patches = [], defaultdict(list)
     for edit in edits:
-        for piece in _pieces(edit, checkpoint, model):
+        for piece in located(edit, checkpoint, model):
             change, patch = _change(edit, piece, checkpoint)
             tensors.append(change)
             patches[change.shard].append(patch)
     return tensors, dict(patches)
 
 
-def _pieces(edit: SliceEdit, checkpoint: Checkpoint, model: PreTrainedModel) -> list[DiskPiece]:
+def located(edit: SliceEdit, checkpoint: Checkpoint, model: PreTrainedModel) -> list[DiskPiece]:
+    """The pieces of a slice in a checkpoint.
+
+    Raises:
+        ValueError: The checkpoint has no such tensors.
+    """
     converted = disk_pieces(model, edit.target)
     for pieces in (converted, as_in_memory(model, edit.target)):
         if all(piece.tensor in checkpoint.weight_map for piece in pieces):
