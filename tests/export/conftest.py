@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from tests.families import build
 from tests.tuner.conftest import make_config, randomise
 from uoe_peft.moe import find_moe_blocks
-from uoe_peft.tuner import add_router_correction
 
 # Names and cuts on disk: one by one, fused, renamed; listed by the family's folder in transformers.
 FAMILIES = (
@@ -30,8 +29,6 @@ FAMILIES = (
     "granitemoe",
     "phimoe",
 )
-
-MakeAdapter = Callable[..., PeftModel]
 
 
 @pytest.fixture(scope="session")
@@ -56,18 +53,11 @@ def save_base(model: PreTrainedModel, folder: Path, *, max_shard_size: str = "40
     return folder
 
 
-def adapted(model: PreTrainedModel, *, correct: bool = False, **kwargs: object) -> PeftModel:
-    """The model with a random adapter of two experts of its last layer, and a correction of another layer's router."""
+def adapted(model: PreTrainedModel, **kwargs: object) -> PeftModel:
+    """The model with a random adapter of two experts of its last layer."""
     layer_idx = find_moe_blocks(model)[-1].layer_idx
-    first = find_moe_blocks(model)[0].layer_idx
-    targets = [(first, 2)] if correct else [(layer_idx, 1), (layer_idx, 4)]
-    peft_model = get_peft_model(model, make_config(model, **{"target_experts": targets, **kwargs}))
+    peft_model = get_peft_model(model, make_config(model, target_experts=[(layer_idx, 1), (layer_idx, 4)], **kwargs))
     randomise(peft_model)
-    if correct:
-        router = find_moe_blocks(model)[-1]
-        matrix = router.router.get_parameter(router.gate_name)
-        noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(3)) * 0.1
-        add_router_correction(peft_model.base_model, "default", layer_idx, noise.to(matrix.dtype))
     return peft_model.eval()
 
 

@@ -101,16 +101,14 @@ def slice_edits(adapter: SavedAdapter, model: PreTrainedModel) -> list[SliceEdit
     by_layer: dict[int, list[int]] = defaultdict(list)
     for layer_idx, expert_idx in config.target_experts:
         by_layer[layer_idx].append(expert_idx)
-    routers = {*by_layer} if config.train_router else set()
-    routers |= set(config.corrected_router_layers or ())
     edits: list[SliceEdit] = []
-    for layer_idx in sorted({*by_layer, *routers}):
+    for layer_idx in sorted(by_layer):
         if layer_idx not in blocks:
             raise _other_model(adapter, f"layer {layer_idx} has experts", f"the layers {sorted(blocks)} have some")
         block = blocks[layer_idx]
         _check_counts(adapter, block)
         edits += _expert_edits(adapter, block, by_layer[layer_idx])
-        edits += [_router_edit(adapter, block)] if layer_idx in routers else []
+        edits += [_router_edit(adapter, block)] if config.train_router else []
     unknown = set(adapter.deltas) - {_place(edit, blocks) for edit in edits}
     if unknown:
         raise _other_model(adapter, f"deltas of {sorted('.'.join(p) for p in unknown)[:3]}", "no such slices")
@@ -121,7 +119,7 @@ def slice_edits(adapter: SavedAdapter, model: PreTrainedModel) -> list[SliceEdit
 
 def _expert_edits(adapter: SavedAdapter, block: MoEBlock, experts: list[int]) -> Iterator[SliceEdit]:
     storage = block.storage
-    for projection in adapter.config.target_projections or (storage.projections if experts else ()):
+    for projection in adapter.config.target_projections or storage.projections:
         if projection not in storage.projections:
             raise _other_model(
                 adapter, f"a projection {projection!r}", f"{block.experts_name} has {storage.projections}"

@@ -79,8 +79,8 @@ def _nearest(edit: SliceEdit, delta: Tensor, *, rank: int | None, max_error: flo
     kept = max(1, min(needed, rank if rank is not None else needed, len(singular)))
     if max_error is not None and errors[kept] > max_error:
         raise ValueError(
-            f"rank {rank} leaves an error of {float(errors[kept]):.3g} in {edit.projection} of expert {edit.expert_idx}, "
-            f"more than max_error={max_error}; it takes rank {needed}"
+            f"rank {rank} leaves an error of {float(errors[kept]):.3g} in {edit.projection} of expert "
+            f"{edit.expert_idx}, more than max_error={max_error}; it takes rank {needed}"
         )
     root = singular[:kept].sqrt()
     return Factors(edit, left[:, :kept] * root, root[:, None] * right[:kept], 1.0, float(errors[kept]))
