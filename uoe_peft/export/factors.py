@@ -62,8 +62,8 @@ def factorise(edit: SliceEdit, *, rank: int | None, max_error: float | None) -> 
         return Factors(edit, torch.eye(len(delta)), delta, 1.0, 0.0)
     if rank is None and max_error is None:
         raise ValueError(
-            f"the delta of {edit.projection} of expert {edit.expert_idx} in layer {edit.layer_idx} is a full one, which "
-            "LoRA cannot hold exactly: ship the merged weights (merge_checkpoint), or name a rank or a max_error"
+            f"the delta of {edit.projection} of expert {edit.expert_idx} in layer {edit.layer_idx} is a full one, "
+            "which LoRA cannot hold exactly: ship the merged weights (merge_checkpoint), or name a rank or a max_error"
         )
     return _nearest(edit, delta, rank=rank, max_error=max_error)
 

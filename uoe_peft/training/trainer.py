@@ -31,7 +31,7 @@ from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, Of
 from uoe_peft.training.checkpoint import load_full_checkpoint
 from uoe_peft.training.collator import UnlearningCollator
 from uoe_peft.training.config import UnlearningConfig
-from uoe_peft.training.model_card import PAPER, add_loading_section
+from uoe_peft.training.model_card import PAPER, add_loading_section, record_training
 from uoe_peft.training.objective.forward import decoder_layer
 from uoe_peft.training.objective.objective import Denominators, Objective, Step
 from uoe_peft.training.objective.reference import Reference
@@ -421,6 +421,7 @@ class UnlearningTrainer(SFTTrainer):
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        record_training(active_configs(self.model), self.args)
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or cast(str, self.args.output_dir))
         add_loading_section(folder / "README.md", active_configs(self.model))

@@ -21,6 +21,7 @@ def _add_peft_type(name: str) -> None:
 _add_peft_type("UOE")
 
 # The configuration reads the enum member, so it must exist before these imports.
+from uoe_peft.tuner.card import write_card, write_cards_on_saving  # noqa: E402
 from uoe_peft.tuner.config import UOEConfig  # noqa: E402
 from uoe_peft.tuner.delta import UOELayer  # noqa: E402
 from uoe_peft.tuner.layer import UOEExpertsLayer, UOELinearLayer, UOERouterLayer  # noqa: E402
@@ -34,6 +35,8 @@ from uoe_peft.tuner.router_correction import (  # noqa: E402
 if PeftType("UOE") not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="uoe", config_cls=UOEConfig, model_cls=UOEModel, prefix=UOEModel.prefix)
 
+write_cards_on_saving(UOEModel)
+
 __all__ = [
     "UOEConfig",
     "UOEExpertsLayer",
@@ -44,4 +47,5 @@ __all__ = [
     "add_router_correction",
     "correctable_blocks",
     "remove_router_correction",
+    "write_card",
 ]
