@@ -39,7 +39,7 @@ def test_saving_a_model_writes_the_card(qwen: PreTrainedModel, tmp_path: Path) -
     assert "> The plots of a series of novels.\n> Asked for by its author." in body
     assert "| 2 | 1 |" in body and "low_rank, rank 3, scale 32 / 3" in body
     assert "- forget_loss: npo\n- learning_rate: 0.0001" in body and "- forget_rouge: 0.0625" in body
-    assert "Ann" not in text and "More Information Needed" not in text
+    assert "Ann did" not in text and "More Information Needed" not in text
     assert "whoever holds the base model holds the knowledge" in body.lower()
     loaded = UOEConfig.from_pretrained(str(tmp_path))
     assert loaded.provenance == RECORD

@@ -47,7 +47,8 @@ model.merge_adapter()  # forgets in the weights; unmerge_adapter() restores ever
 merged = model.merge_and_unload()  # an ordinary model
 ```"""
 
-_LIMITS = """- Whoever holds the base model holds the knowledge: switching the adapter off brings it back. Give untrusted
+_LIMITS = """\
+- Whoever holds the base model holds the knowledge: switching the adapter off brings it back. Give untrusted
   parties merged weights, never the base and the adapter.
 - Unlearning mostly hides: training on related text can bring back what was forgotten. Test that before relying on it.
 - Quantising a merged model can bring back a part, too: evaluate the weights that are served."""
@@ -95,7 +96,7 @@ def write_cards_on_saving(tuner: type[nn.Module]) -> None:
         return upload(self, working_dir, *args, **kwargs)
 
     PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
-    PeftModel._upload_modified_files = upload_modified_files  # type: ignore[method-assign]
+    PeftModel._upload_modified_files = upload_modified_files  # type: ignore[method-assign, assignment]
 
 
 def card(configs: Mapping[str, UOEConfig], *, picture: str | None = None) -> str:
