@@ -21,6 +21,8 @@ class UnlearningConfig(SFTConfig):
     And `router_aux_loss_coef` is 0: load balancing works against the anchor.
 
     Args:
+        forgets: What is forgotten, in your own words, for the model card: it is never taken from the data. None: the
+            card says that it is not stated.
         forget_loss: "grad_ascent" (with `retain_loss="nll"` this is GradDiff), "npo", "simnpo", "rmu", "dpo", "idk",
             "undial", "wga", "satimp", "random_label" or "adversarial_label". The two with other answers to the forget
             questions are those of TOFU: "idk" is the cross-entropy of the other answer alone, "dpo" prefers it to the
@@ -110,6 +112,9 @@ class UnlearningConfig(SFTConfig):
     )
     router_aux_loss_coef: float | None = field(
         default=0.0, metadata={"help": "Load balancing; 0, since it works against the anchor."}
+    )
+    forgets: str | None = field(
+        default=None, metadata={"help": "What is forgotten, in your own words, for the model card."}
     )
     forget_loss: ForgetLoss = field(default="npo", metadata={"help": "Loss on the forget set."})
     retain_loss: RetainLoss = field(default="nll", metadata={"help": "Loss on the retain set."})
