@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from uoe_peft.moments import SliceMoments, inverse_projection, retain_projection, surviving_share
+from uoe_peft.moments import SliceMoments, retain_projection, surviving_share
 
 
 def moments_of(rows: Tensor) -> SliceMoments:
@@ -29,7 +29,6 @@ def test_every_eigenvector_is_damped_by_its_eigenvalue(retain: SliceMoments, rho
     found = retain_projection(retain, rho)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert torch.equal(found, found.T)
-    torch.testing.assert_close(found @ inverse_projection(retain, rho), torch.eye(5, dtype=torch.float64))
 
 
 def test_the_limits_are_nothing_and_the_null_space(retain: SliceMoments) -> None:

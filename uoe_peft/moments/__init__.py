@@ -2,7 +2,7 @@
 
 from uoe_peft.moments.measure import measure_moments
 from uoe_peft.moments.moments import ROUTER, Moments, SliceMoments, SliceName
-from uoe_peft.moments.projection import inverse_projection, retain_projection, surviving_share
+from uoe_peft.moments.projection import retain_projection, surviving_share
 from uoe_peft.moments.ridge import ridge_delta, steering_change
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Moments",
     "SliceMoments",
     "SliceName",
-    "inverse_projection",
     "measure_moments",
     "retain_projection",
     "ridge_delta",

@@ -43,6 +43,7 @@ def measure_moments(
     *,
     routers: bool = True,
     name: str = "retain",
+    strict: bool = True,
     show_progress: bool = False,
 ) -> Moments:
     """Moments of what single experts' matrices and their routers are multiplied with, over a set.
@@ -56,6 +57,8 @@ def measure_moments(
         target_experts: `(layer_idx, expert_idx)` pairs, at least one.
         routers: Whether the routers of their layers are measured, too.
         name: What messages call the set.
+        strict: Whether an expert that no token reaches is an error, and too few tokens a warning; otherwise slices
+            without tokens are left out of the result.
         show_progress: Whether to show a progress bar.
 
     Returns:
@@ -79,8 +82,10 @@ def measure_moments(
         sums, num_tokens = _read(model, batches, blocks, by_layer, routers=routers, bar=bar)
     if not num_tokens:
         raise ValueError(f"the {name} set has no tokens; expected at least one batch with a token that is no padding")
-    slices = {slice_name: _finish(slice_name, own, num_tokens, name) for slice_name, own in sums.items()}
-    _warn_of_few(slices, name)
+    reached = {slice_name: own for slice_name, own in sums.items() if strict or own.num_tokens}
+    slices = {slice_name: _finish(slice_name, own, num_tokens, name) for slice_name, own in reached.items()}
+    if strict:
+        _warn_of_few(slices, name)
     return Moments(slices, num_tokens)
 
 

@@ -28,12 +28,6 @@ def retain_projection(retain: SliceMoments, rho: float) -> Tensor:
     Raises:
         ValueError: `rho` is not positive, or the moments are NaN, infinite or zero.
     """
-    inverse = torch.linalg.inv(inverse_projection(retain, rho))
-    return (inverse + inverse.T) / 2
-
-
-def inverse_projection(retain: SliceMoments, rho: float) -> Tensor:
-    """`P⁻¹ = I + C / (rho λ̄)`, which turns a delta into what is trained; as in :func:`retain_projection`."""
     if not 0 < rho < float("inf"):
         raise ValueError(f"rho must be > 0 and finite, got {rho}")
     scale = retain.mean_eigenvalue
@@ -44,8 +38,9 @@ def inverse_projection(retain: SliceMoments, rho: float) -> Tensor:
             f"the {retain.num_tokens} retain tokens put nothing into the slice, so that there is nothing to keep a "
             "delta from; pass other retain rows"
         )
-    second = retain.second.double()
-    return torch.eye(retain.dimension, dtype=torch.float64) + second / (rho * scale)
+    inverse = torch.eye(retain.dimension, dtype=torch.float64) + retain.second.double() / (rho * scale)
+    projection = torch.linalg.inv(inverse)
+    return (projection + projection.T) / 2
 
 
 def surviving_share(forget: SliceMoments, projection: Tensor) -> float:

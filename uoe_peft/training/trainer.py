@@ -26,6 +26,7 @@ from uoe_peft.losses.answers import IGNORED_LABEL
 from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.routing import RoutingTrace, record_routing
 from uoe_peft.moe.segments import find_layers
+from uoe_peft.moments import Moments
 from uoe_peft.training.balance import forget_retain_balance
 from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, OffloadPrefix, StopWhenForgotten
 from uoe_peft.training.checkpoint import load_full_checkpoint
@@ -37,6 +38,7 @@ from uoe_peft.training.objective.objective import Denominators, Objective, Step
 from uoe_peft.training.objective.reference import Reference
 from uoe_peft.training.optim.curvature import Estimates, estimate_curvature
 from uoe_peft.training.optim.masks import KeepMasked, Masks, weight_attribution_mask
+from uoe_peft.training.optim.projection import RetainProjection, moments_of_edits, sampled_rows
 from uoe_peft.training.optim.sophia import sophia_and_options
 from uoe_peft.training.preparation import (
     check_model,
@@ -146,6 +148,7 @@ class UnlearningTrainer(SFTTrainer):
         self._denominators: dict[str, Denominators] = {}
         self._overlap_logged_at = -1
         self._keep_masked: KeepMasked | None = None
+        self._projection: RetainProjection | None = None
         self._reference_is_final = False
         super().__init__(
             model=model,
@@ -213,6 +216,11 @@ class UnlearningTrainer(SFTTrainer):
 
     def _add_callbacks(self) -> None:
         self.add_callback(NewPairsEachEpoch(self.train_dataset))
+        if self.args.retain_projection is not None:  # first, before layers leave the device: moments need them
+            if self._unpaired[1] is None:
+                raise ValueError("retain_projection needs a retain set; pass retain_dataset, or retain_projection=None")
+            self._projection = RetainProjection(self.model, self._measure, rho=self.args.retain_projection)
+            self.add_callback(self._projection)
         if self.args.offload_prefix:
             self.add_callback(OffloadPrefix(self._offload_prefix))
         if self.args.stop_when_forget_accuracy is not None:
@@ -253,6 +261,8 @@ class UnlearningTrainer(SFTTrainer):
                     return super().train(*args, **kwargs)
                 finally:
                     self._trace = self._prefix = None
+                    if self._projection is not None:
+                        self._projection.release()
 
     def _make_prefix_cache(self, folder: StateFolder | None) -> AbstractContextManager[PrefixCache]:
         source = PrefixSource(
@@ -392,6 +402,15 @@ class UnlearningTrainer(SFTTrainer):
             mu = self.args.weight_mask_mu
             return weight_attribution_mask(self.model, self._first_epoch("forget"), retain, ratio=ratio, mu=mu)
 
+    def _measure(self, role: str) -> Moments:
+        rows = self.train_dataset.sets.get(role)
+        if rows is None:  # a retain set that no loss reads
+            retain, formatting_func = cast(Dataset, self._unpaired[1]), self._formatting_func
+            rows = prepare_set(retain, self._processing_class, self.args, name=role, formatting_func=formatting_func)
+        with self.accelerator.autocast():
+            batches = self._batches(role, sampled_rows(rows, seed=self.args.seed))
+            return moments_of_edits(self.model, batches, name=role)
+
     def _first_epoch(self, role: str) -> Iterator[Batch]:
         self.train_dataset.set_epoch(0)
         return self._batches(role, (self.train_dataset[index][role] for index in range(len(self.train_dataset))))
@@ -403,6 +422,8 @@ class UnlearningTrainer(SFTTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._keep_masked is not None:
             self._keep_masked.load(Path(resume_from_checkpoint))
+        if self._projection is not None:
+            self._projection.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if self._is_saved_whole:
