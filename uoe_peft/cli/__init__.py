@@ -10,6 +10,7 @@ STAGES = {
     "demo": "find the expert of a topic, unlearn it, switch it on and off, on a small bundled model",
     "attribute": "rank the experts of a model by how much they serve a forget set",
     "unlearn": "train an adapter that forgets a set",
+    "solve": "solve for an adapter that forgets a set, without training",
 }
 
 USAGE = "\n".join(

@@ -1,7 +1,8 @@
-"""Unlearning on TRL's trainer: `UnlearningConfig`, `UnlearningTrainer`; afterwards `correct_routers`."""
+"""Unlearning on TRL's trainer: `UnlearningConfig`, `UnlearningTrainer`; without training: `solve_unlearning`."""
 
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.router_correction import RouterCorrection, correct_routers
+from uoe_peft.training.solve import solve_unlearning
 from uoe_peft.training.trainer import UnlearningTrainer
 
-__all__ = ["RouterCorrection", "UnlearningConfig", "UnlearningTrainer", "correct_routers"]
+__all__ = ["RouterCorrection", "UnlearningConfig", "UnlearningTrainer", "correct_routers", "solve_unlearning"]
