@@ -12,7 +12,7 @@ learning rate, step and strength (scale of the adapter) of each cell, by the bes
   see steps as large as without it; and with experts or router projected alone.
 - "after relearning": the merged weights relearn a part of the validation half's forget rows, all of them trained (AdamW
   2e-4, 8 rows a step); the greatest ROUGE-L on the test half over 24 steps.
-- `solve_unlearning`, without training, with each of its targets.
+- `solve_unlearning`, without training, with each of its targets, in the gate's expert and in that of the contrast, too.
 
 Every run is appended to `runs.jsonl` and not repeated, so that a benchmark that was stopped goes on where it was;
 `--minutes 0` only prints the tables.
@@ -44,6 +44,7 @@ from uoe_peft.evaluation.questions import Questions, questions_of
 from uoe_peft.moments import SliceMoments
 from uoe_peft.testbed import FORGET_TOPIC, TOPICS, checkpoint_path, load_facts
 from uoe_peft.training.optim.projection import RetainProjection, moments_of_edits
+from uoe_peft.training.solve import solve_unlearning
 from uoe_peft.tuner import UOELayer
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -52,6 +53,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 EXPERTS = ("gate", "contrast", "random")
 VARIANTS = ("plain", "rho 3", "rho 1", "rho 0.1", "rho 1, scaled", "rho 0.1, scaled", "rho 1, experts", "rho 1, router")
+SOLVE_TARGETS = ("gradient", "direction", "zero")
 SCALES = (1.0, 0.85, 0.7, 0.55)
 MAX_NEW_TOKENS = 48
 RELEARN_STEPS, RELEARN_RATE, RELEARN_BATCH, RELEARN_LOOKS = 24, 2e-4, 8, (0, 6, 12, 18, 24)
@@ -67,6 +69,9 @@ class ProjectionArguments:
     losses: list[str] = field(default_factory=lambda: list(LOSSES), metadata={"help": "Which losses."})
     experts: list[str] = field(default_factory=lambda: list(EXPERTS), metadata={"help": "Which experts."})
     variants: list[str] = field(default_factory=lambda: list(VARIANTS), metadata={"help": "Which projections."})
+    solved: list[str] = field(
+        default_factory=lambda: ["gate", "both"], metadata={"help": "Experts of solve_unlearning: the gate's, or both."}
+    )
     rates: list[float] = field(default_factory=lambda: [3e-3, 1e-2], metadata={"help": "Learning rates, constant."})
     steps: int = field(default=120, metadata={"help": "Of every run."})
     look_every: int = field(default=40, metadata={"help": "Steps between two looks."})
@@ -111,8 +116,16 @@ def main() -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(run) + "\n")
         print(key, run["chosen"], run["test"], run["relearned"], f"{run['seconds']} s", flush=True)
+    for key in product(["solve"], args.solved, SOLVE_TARGETS, [0.0], args.seeds):
+        if key in done or time.perf_counter() - started > args.minutes * 60:
+            continue
+        runs.append({"key": key, **solve(ground, *key)})
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(runs[-1]) + "\n")
+        print(key, runs[-1]["test"], runs[-1]["relearned"], f"{runs[-1]['seconds']} s", flush=True)
     print(json.dumps(references), f"forgotten: at most {ground.limit:.3f}")
     print(table(runs, args))
+    print(solve_table(runs, args))
 
 
 Key = tuple[str, str, str, float, int]
@@ -275,6 +288,44 @@ def unlearn(
         "relearning": relearned,
         "seconds": seconds,
     }
+
+
+def solve(ground: Ground, _: str, experts: str, target: str, rate: float, seed: int) -> dict[str, Any]:
+    """`solve_unlearning`, which chooses its strength by itself; seconds are of all that it does."""
+    pairs = sorted({pair for score, own in ground.experts.items() for pair in own if experts in ("both", score)})
+    started = time.process_time()
+    model = solve_unlearning(
+        load("base"),
+        ground.forget,
+        ground.retain,
+        processing_class=ground.tokenizer,
+        target_experts=pairs,
+        target=target,
+        seed=seed,
+        show_progress=False,
+    )
+    seconds = round(time.process_time() - started, 1)
+    test = rouge(model, ground.asked["test"], ground.tokenizer)
+    relearning = relearn(model.merge_and_unload(), ground)
+    return {
+        "experts": pairs,
+        "test": test,
+        "relearned": max(relearning),
+        "relearning": relearning,
+        "seconds": seconds,
+    }
+
+
+def solve_table(runs: Sequence[Mapping[str, Any]], args: ProjectionArguments) -> str:
+    """One row a target and choice of experts: test forget and retain, after relearning, seconds; mean over seeds."""
+    lines = ["| experts | target | forget | retain | after relearning | CPU seconds |", "|---|---|---|---|---|---|"]
+    for experts, target in product(args.solved, SOLVE_TARGETS):
+        own = [run for run in runs if tuple(run["key"][:3]) == ("solve", experts, target)]
+        if own:
+            forget, retain = (fmean(run["test"][role] for run in own) for role in ("forget", "retain"))
+            cells = [f"{forget:.3f}", f"{retain:.3f}", f"{fmean(run['relearned'] for run in own):.2f}"]
+            lines.append(f"| {experts} | {target} | {' | '.join(cells)} | {fmean(run['seconds'] for run in own):.1f} |")
+    return "\n".join(lines)
 
 
 def projection(variant: str, rho: float | None, model: Any, ground: Ground) -> list[RetainProjection]:

@@ -6,9 +6,9 @@ Letters: O output size of a slice, d its input size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -90,17 +90,11 @@ def solve_unlearning(
             than two rows, cannot be used, or does not reach an expert.
     """
     _check(model, target=target, coefficient=coefficient, keep_retain=keep_retain)
-    samples = {
-        name: sample_batches(
-            dataset,
-            processing_class,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            max_length=max_length,
-            seed=seed,
-            name=name,
-        )
-        for name, dataset in (("forget", forget_dataset), ("retain", retain_dataset))
+    reading = {"max_tokens": max_tokens, "batch_size": batch_size, "max_length": max_length, "seed": seed}
+    sets = {"forget": forget_dataset, "retain": retain_dataset}
+    solved = {
+        name: _split(sample_batches(rows, processing_class, name=name, **cast(Any, reading)), name)
+        for name, rows in sets.items()
     }
     config = UOEConfig(target_experts=target_experts, train_router=False)
     if config.target_experts == "auto":
@@ -109,34 +103,29 @@ def solve_unlearning(
             forget_dataset,
             processing_class=processing_class,
             retain_dataset=retain_dataset,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            max_length=max_length,
-            seed=seed,
             show_progress=show_progress,
+            **cast(Any, reading),
         )
         config = replace(config, target_experts=attribution.top(1), attribution=attribution.metadata())
     config.target_projections = _last_projections(model, config.target_experts)
-    solved = {name: _split(sample, name) for name, sample in samples.items()}
-    moments = {
-        name: measure_moments(
-            model, fitted, config.target_experts, routers=False, name=name, show_progress=show_progress
-        )
-        for name, (fitted, _) in solved.items()
-    }
-    peft_model = cast(PeftModel, get_peft_model(cast(PreTrainedModel, model), config)).eval()
-    edited = edited_parameters(peft_model)
-    changes = _changes(peft_model, edited, moments["forget"], solved["forget"][0], target, coefficient, seed)
-    with torch.no_grad():
-        for own in edited:
-            for position, name in enumerate(own.slices):
-                forget, retain = moments["forget"].slices[name], moments["retain"].slices[name]
-                delta = ridge_delta(changes[name], forget, retain, retain_weight=retain_weight, ridge=ridge)
-                own.parameter[position] = (delta.T if own.inputs_first else delta).to(own.parameter)
-    if target == "gradient":
-        _set_reach(peft_model, edited, moments["forget"], coefficient)
-    held_out = {name: sample for name, (_, sample) in solved.items()}
-    _choose_strength(peft_model, edited, held_out, keep_retain=keep_retain)
+    peft_model = cast(PeftModel, get_peft_model(model, config)).eval()
+    try:
+        moments = {
+            name: measure_moments(
+                peft_model, rows, config.target_experts, routers=False, name=name, show_progress=show_progress
+            )
+            for name, (rows, _) in solved.items()
+        }
+        edited = edited_parameters(peft_model)
+        changes = _changes(peft_model, edited, moments["forget"], solved["forget"][0], target, coefficient, seed)
+        _write(edited, changes, moments, retain_weight=retain_weight, ridge=ridge)
+        if target == "gradient":
+            _set_reach(peft_model, edited, moments["forget"], coefficient)
+        held_out = {name: rows for name, (_, rows) in solved.items()}
+        _choose_strength(peft_model, edited, held_out, keep_retain=keep_retain)
+    except BaseException:
+        peft_model.unload()  # the model is as it came
+        raise
     return peft_model
 
 
@@ -211,6 +200,23 @@ def _loss_gradients(
         for own, sums in zip(edited, total, strict=True)
         for position, name in enumerate(own.slices)
     }
+
+
+@torch.no_grad()
+def _write(
+    edited: Sequence[EditedParameter],
+    changes: Mapping[SliceName, Tensor],
+    moments: Mapping[str, Moments],
+    *,
+    retain_weight: float,
+    ridge: float,
+) -> None:
+    """Solve for the delta of each slice and put it into its parameter."""
+    for own in edited:
+        for position, name in enumerate(own.slices):
+            forget, retain = (moments[role].slices[name] for role in ("forget", "retain"))
+            delta = ridge_delta(changes[name].cpu(), forget, retain, retain_weight=retain_weight, ridge=ridge)
+            own.parameter[position] = (delta.T if own.inputs_first else delta).to(own.parameter)
 
 
 @torch.no_grad()
