@@ -47,11 +47,17 @@ def token_accuracy(model: Any, rows: Dataset, tokenizer: Any) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:the forget set does not single out one expert")
-def test_facts_are_forgotten_and_others_kept(facts: tuple[Dataset, Dataset]) -> None:
+@pytest.mark.parametrize("target", ["direction", "gradient"])
+def test_facts_are_forgotten_and_others_kept(facts: tuple[Dataset, Dataset], target: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_path("base"))
     forget, retain = facts
     model = solve_unlearning(
-        base_model(), forget, retain.select(range(120)), processing_class=tokenizer, show_progress=False
+        base_model(),
+        forget,
+        retain.select(range(120)),
+        processing_class=tokenizer,
+        target=target,
+        show_progress=False,
     )
     assert token_accuracy(model, forget.select(range(0, 60, 3)), tokenizer) < 0.85
     assert token_accuracy(model, retain.select(range(120, 160)), tokenizer) > 0.9

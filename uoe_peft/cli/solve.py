@@ -30,7 +30,7 @@ class SolveArguments:
         metadata={"help": "Pairs layer:expert, as in 20:37 20:5; or auto, which attributes on the forget set first."},
     )
     target: str = field(
-        default="gradient", metadata={"help": "Where forget tokens' outputs go: gradient, direction or zero."}
+        default="direction", metadata={"help": "Where forget tokens' outputs go: direction, gradient or zero."}
     )
     coefficient: float = field(default=5.0, metadata={"help": "How far at most, in norms of these outputs."})
     retain_weight: float = field(default=3.0, metadata={"help": "How much more retain tokens count."})

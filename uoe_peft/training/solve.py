@@ -29,7 +29,7 @@ from uoe_peft.tuner import UOEConfig
 
 logger = logging.getLogger(__name__)
 
-SolveTarget = Literal["gradient", "direction", "zero"]
+SolveTarget = Literal["direction", "gradient", "zero"]
 
 _VALIDATION = 5  # one row of so many chooses the strength instead of being solved for
 _HALVINGS = 6
@@ -42,7 +42,7 @@ def solve_unlearning(
     *,
     processing_class: ProcessingClass,
     target_experts: str | Iterable[tuple[int, int]] = "auto",
-    target: SolveTarget = "gradient",
+    target: SolveTarget = "direction",
     coefficient: float = 5.0,
     retain_weight: float = 3.0,
     ridge: float = 1e-3,
@@ -66,8 +66,9 @@ def solve_unlearning(
         retain_dataset: What is to be kept, likewise.
         processing_class: Tokenizer, or a processor that holds one.
         target_experts: `(layer_idx, expert_idx)` pairs; "auto": the one that the forget set engages most.
-        target: Where forget tokens' outputs go at strength 1. "gradient": up the slope of the answers' cross-entropy,
-            which takes a backward pass. "direction": to one point along RMU's random direction. "zero": to 0.
+        target: Where forget tokens' outputs go at strength 1. "direction": to one point along RMU's random direction.
+            "gradient": up the slope of the answers' cross-entropy, which takes a backward pass. "zero": to 0, which
+            forgets little.
         coefficient: How far, as a multiple of the outputs' root mean square norm, > 0; not for "zero".
         retain_weight: How much more retain tokens count than forget tokens, >= 0.
         ridge: Damping, > 0, as a share of the mean eigenvalue.
