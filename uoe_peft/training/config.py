@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -96,6 +97,11 @@ class UnlearningConfig(SFTConfig):
             `weight_decay`. Not for fresh low-rank deltas, where one factor has no gradient yet. Costs as much as that
             epoch, and memory for two copies of the trained weights. None: train all.
         weight_mask_mu: Curvature of the retain loss in WAGLE, > 0.
+        retain_projection: Damp what the deltas of a UOE adapter do to inputs that retain tokens have: the trained
+            matrix is multiplied by `P = (I + C / (rho λ̄))⁻¹`, C the second moments of what the slice is multiplied with
+            on up to 100,000 tokens of the retain set, λ̄ their mean eigenvalue. The value is rho, > 0: 1 damps a
+            direction of mean energy by one half; smaller is stricter. Needs a retain set, whatever `retain_loss`, and
+            a forward pass over both sets up to the edited layer; the adapter stays an ordinary one. None: off.
         metric_for_best_model: As in transformers. With an `eval_dataset` of `{"forget": ..., "retain": ...}` there is
             also "balance", the harmonic mean of `1 - exp(-forget loss)` and `exp(-retain loss)`: with
             `load_best_model_at_end=True` training ends with the checkpoint that best forgets *and* retains.
@@ -179,6 +185,10 @@ class UnlearningConfig(SFTConfig):
     )
     weight_mask_mu: float = field(default=1.0, metadata={"help": "Curvature of the retain loss in WAGLE."})
 
+    retain_projection: float | None = field(
+        default=None, metadata={"help": "rho: damp deltas along what retain tokens have in common; None: off."}
+    )
+
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.accelerator.is_available() and not self.use_cpu
@@ -192,6 +202,7 @@ class UnlearningConfig(SFTConfig):
         self._check_numbers()
         self._check_offloading()
         self._check_optimiser()
+        self._check_projection()
         self._check_inherited()
 
     @property
@@ -261,6 +272,20 @@ class UnlearningConfig(SFTConfig):
             raise ValueError(f"sophia_interval must be >= 1, got {self.sophia_interval}")
         if self.weight_mask_ratio is not None and not 0 < self.weight_mask_ratio <= 1:
             raise ValueError(f"weight_mask_ratio must be in (0, 1], got {self.weight_mask_ratio}")
+
+    def _check_projection(self) -> None:
+        rho = self.retain_projection
+        if rho is None:
+            return
+        if isinstance(rho, bool) or not 0 < rho < math.inf:
+            raise ValueError(f"retain_projection must be None or a rho > 0, got {rho}")
+        others = {
+            f"weight_mask_ratio={self.weight_mask_ratio}": self.weight_mask_ratio is not None,
+            "sophia_estimator='hutchinson'": self.optim == "sophia" and self.sophia_estimator == "hutchinson",
+        }
+        for option, chosen in others.items():
+            if chosen:
+                raise ValueError(f"retain_projection mixes weights of a slice, which {option} cannot have; drop one")
 
     def _check_inherited(self) -> None:
         if self.packing or self.padding_free or self.eval_packing:
