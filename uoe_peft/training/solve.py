@@ -22,8 +22,9 @@ from uoe_peft.data import Batch
 from uoe_peft.data.tokenization import ProcessingClass
 from uoe_peft.losses import control_direction
 from uoe_peft.moe import find_moe_blocks
-from uoe_peft.moe.evaluation_mode import evaluation_mode, forward_answers
+from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moments import Moments, SliceName, measure_moments, ridge_delta, steering_change
+from uoe_peft.training.objective.forward import forward_answers
 from uoe_peft.training.optim.projection import EditedParameter, edited_parameters
 from uoe_peft.tuner import UOEConfig
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from uoe_peft.data import Batch, PairedDataset, UnlearningCollator
 from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.routing import RoutingTrace, record_routing
+from uoe_peft.moments import Moments
 from uoe_peft.precision import say_if_slow
 from uoe_peft.training.auto import resolve_auto
 from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, OffloadPrefix, StopWhenForgotten
@@ -27,7 +28,7 @@ from uoe_peft.training.objective.objective import Objective
 from uoe_peft.training.objective.step import Denominators, Step, StepBatches, count
 from uoe_peft.training.optim.curvature import Estimates, estimate_curvature
 from uoe_peft.training.optim.masks import KeepMasked, Masks, weight_attribution_mask
-from uoe_peft.training.optim.projection import RetainProjection
+from uoe_peft.training.optim.projection import RetainProjection, moments_of_edits, sampled_rows
 from uoe_peft.training.optim.sophia import sophia_and_options
 from uoe_peft.training.processes import masks_from_first_process
 from uoe_peft.training.reuse.prefix_cache import PrefixSource
