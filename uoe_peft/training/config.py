@@ -101,7 +101,8 @@ class UnlearningConfig(SFTConfig):
             matrix is multiplied by `P = (I + C / (rho λ̄))⁻¹`, C the second moments of what the slice is multiplied with
             on up to 100,000 tokens of the retain set, λ̄ their mean eigenvalue. The value is rho, > 0: 1 damps a
             direction of mean energy by one half; smaller is stricter. Needs a retain set, whatever `retain_loss`, and
-            a forward pass over both sets up to the edited layer; the adapter stays an ordinary one. None: off.
+            a forward pass over both sets up to the edited layer, and a higher learning rate; the adapter stays an
+            ordinary one. More is kept, but relearning restores more (benchmarks/RESULTS.md). None: off.
         metric_for_best_model: As in transformers. With an `eval_dataset` of `{"forget": ..., "retain": ...}` there is
             also "balance", the harmonic mean of `1 - exp(-forget loss)` and `exp(-retain loss)`: with
             `load_best_model_at_end=True` training ends with the checkpoint that best forgets *and* retains.
