@@ -77,7 +77,6 @@ def test_unlearn_writes_an_adapter_that_loads(sets: list[str], tmp_path: Path) -
     assert isinstance(config, UOEConfig)
     assert (config.target_experts, config.delta_type, config.r) == ([(0, 3), (2, 7)], "low_rank", 5)
     assert config.corrected_router_layers == [1, 3]
-    assert "The routers of layers [1, 3] are corrected" in (tmp_path / "adapter" / "README.md").read_text()
     ids = torch.arange(40, 60)[None]
     with torch.inference_mode():
         unlearned = model(input_ids=ids).logits
