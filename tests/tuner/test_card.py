@@ -76,9 +76,8 @@ def test_pushing_uploads_the_same_card(qwen: PreTrainedModel, tmp_path: Path, mo
             return SimpleNamespace(repo_id=repo_id)
 
         def create_commit(self, operations: list[SimpleNamespace], **_: object) -> None:
-            uploaded.update(
-                {op.path_in_repo: Path(op.path_or_fileobj).read_bytes().decode("latin-1") for op in operations}
-            )
+            files = {operation.path_in_repo: Path(operation.path_or_fileobj) for operation in operations}
+            uploaded.update({name: path.read_bytes() for name, path in files.items()})
 
         def __getattr__(self, name: str) -> object:
             return lambda *_, **__: None
