@@ -16,7 +16,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from uoe_peft.moe import find_moe_blocks
-from uoe_peft.training import UnlearningConfig, offload, prefix_store
+from uoe_peft.training import UnlearningConfig
+from uoe_peft.training.reuse import offload
+from uoe_peft.training.reuse import store as prefix_store
 from uoe_peft.training.reuse.offload import LayersAway, layers_away, weights_below
 from uoe_peft.training.reuse.store import PrefixCacheUnavailable
 
