@@ -114,7 +114,7 @@ def test_a_harness_reads_local_files(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\n"
-        "doc_to_choice: [' never', '{{a}}']\ndoc_to_target: 1\nmetric_list: [{metric: acc}]\n"
+        "doc_to_choice: \"{{[' never', a]}}\"\ntarget_delimiter: ''\ndoc_to_target: 1\nmetric_list: [{metric: acc}]\n"
     )
     model = load_in_harness(adapter, dtype="float32", batch_size=2, device="cpu")
     found = lm_eval.simple_evaluate(

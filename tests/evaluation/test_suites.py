@@ -80,7 +80,7 @@ def test_rwku_and_muse_by_their_columns() -> None:
 
 def test_options_from_csv_files(tmp_path: Path) -> None:
     (tmp_path / "anatomy_test.csv").write_text('question,A,B,C,D,answer\n"Which?",None,1,two,"x, y",2\n')
-    (tmp_path / "us_law_test.csv").write_text("question,A,B,C,D,answer\nWho?,a,b,c,d,0\n")
+    (tmp_path / "us_law_test.csv").write_text('question,A,B,C,D,answer\nWho?,a,b,c,d,0\n"Is "x," so?",a,b,c,d,1\n')
     part = option_set(load_option_files(tmp_path), by=("subject",))
     assert part.rows[0] == {
         "subject": "anatomy",
@@ -89,6 +89,7 @@ def test_options_from_csv_files(tmp_path: Path) -> None:
         "label": 2,
     }
     assert part.rows[1]["subject"] == "us_law"
+    assert len(part.rows) == 2  # what falls into too many fields is left out
     with pytest.raises(ValueError, match="has no CSV files"):
         load_option_files(tmp_path / "nothing")
 

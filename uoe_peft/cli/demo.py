@@ -49,9 +49,10 @@ class DemoArguments:
     dtype: str = field(default="bfloat16", metadata={"help": "Of the base model: bfloat16 or float32."})
     score: Score = field(default="contrast", metadata={"help": "How experts are ranked."})
     num_experts: int = field(default=1, metadata={"help": "How many experts to unlearn."})
-    forget_loss: ForgetLoss = field(default="idk", metadata={"help": "Loss on the forget set."})
-    beta: float | None = field(default=None, metadata={"help": "Of the forget loss; see UnlearningConfig."})
+    forget_loss: ForgetLoss = field(default="npo", metadata={"help": "Loss on the forget set."})
+    beta: float | None = field(default=0.05, metadata={"help": "Of the forget loss; see UnlearningConfig."})
     retain_weight: float = field(default=8.0, metadata={"help": "Weight of the loss on the retain set."})
+    alternative_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on refusals; 0: none."})
     anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the anchor, Eq. 3."})
     learning_rate: float = field(default=5e-3, metadata={"help": "Peak; it falls linearly."})
     num_train_epochs: float = field(default=8.0, metadata={"help": "Passes over the forget set."})
@@ -159,6 +160,7 @@ def _unlearn(world: _World, targets: list[tuple[int, int]], options: DemoArgumen
             beta=options.beta,
             retain_loss="nll",
             retain_weight=options.retain_weight,
+            alternative_weight=options.alternative_weight,
             anchor_weight=options.anchor_weight,
             learning_rate=options.learning_rate,
             num_train_epochs=options.num_train_epochs,

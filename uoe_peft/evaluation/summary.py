@@ -178,6 +178,8 @@ def _membership(measured: Measured, suite: Suite) -> dict[str, float]:
     if not holdout:
         return {}
     members, others = measured.rows[suite.of_role("forget")[0].name], measured.rows[holdout[0].name]
+    if not all(name in row for row in (*members, *others) for name in AUCS):  # a set of options
+        return {}
     return {name: membership_auc([row[name] for row in members], [row[name] for row in others]) for name in AUCS}
 
 

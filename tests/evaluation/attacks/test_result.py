@@ -51,6 +51,7 @@ def test_each_forget_score_counts_where_it_is_highest() -> None:
         {"step": 0, "forget_a": 0.1, "forget_b": 0.0, "retain": 0.9},
         {"step": 1, "forget_a": 0.7, "forget_b": 0.2, "retain": 0.8},
         {"step": 2, "forget_a": 0.7, "forget_b": 0.4, "retain": 0.3},
+        {"step": 3, "forget_a": 0.2, "forget_b": 0.1, "retain": 0.2},
     ]
     assert strongest(curve) == {"step": 1, "forget_a": 0.7, "forget_b": 0.4, "retain": 0.8}
 

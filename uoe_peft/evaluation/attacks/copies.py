@@ -38,7 +38,9 @@ def _merged(model: PeftModel) -> PreTrainedModel:
             "that can be (UOE, LoRA), or with none"
         )
     status = model.get_model_status()
-    done = status.enabled is False or set(status.active_adapters) <= set(status.merged_adapters)
+    # PEFT says "irregular" where layers differ; merging then merges in each layer what is not merged there.
+    merged = [] if status.merged_adapters == "irregular" else status.merged_adapters
+    done = status.enabled is False or set(status.active_adapters) <= set(merged)
     tuner = cast(Any, model.base_model)
     return cast(PreTrainedModel, tuner.unload() if done else tuner.merge_and_unload())
 
@@ -95,7 +97,7 @@ def check_adapter(model: CausalLM, *, attack: str) -> PeftModel:
     status = model.get_model_status()
     if status.merged_adapters:
         raise ValueError(f"{attack}: the adapters {status.merged_adapters} are merged; call unmerge_adapter() first")
-    if status.enabled is False:
+    if status.enabled is not True:  # or switched off in some layers
         raise ValueError(f"{attack}: the adapter is switched off; enable it first")
     for name in _active(model):
         reason = _not_a_scaled_sum(model.peft_config[name])

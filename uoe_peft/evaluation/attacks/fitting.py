@@ -67,8 +67,9 @@ def answer_loss(model: CausalLM, examples: Sequence[Example]) -> Tensor:
     """Mean cross-entropy of the answer tokens of some rows, in nats. Scalar."""
     batch = {name: tensor.to(model.device) for name, tensor in collate(examples, pad_token_id=0).items()}
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    targets, _ = answer_targets(batch["labels"])
-    return -mean(token_log_probs(logits[answer_positions(batch["labels"])], targets))
+    labels = batch["labels"].to(logits.device)  # of a model on several devices, the last one
+    targets, _ = answer_targets(labels)
+    return -mean(token_log_probs(logits[answer_positions(labels)], targets))
 
 
 def rows_to_fit(

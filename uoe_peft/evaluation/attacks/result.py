@@ -52,7 +52,7 @@ class AttackResult:
     Attributes:
         name: Name of the attack.
         before: Scores of the model as it was given.
-        after: Scores under the attack; of an attack with a curve, see there what stands here.
+        after: Scores under the attack; the function of an attack with a curve says which of its points these are.
         curve: Scores along the attack's budget, each with the place on it (such as "step").
         settings: What the attack was run with, as plain JSON.
     """

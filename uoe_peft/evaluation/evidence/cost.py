@@ -7,6 +7,7 @@ import time
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
 
 
 def adapter_cost(model: PeftModel) -> dict[str, float]:
@@ -19,18 +20,20 @@ def adapter_cost(model: PeftModel) -> dict[str, float]:
         `adapter_parameters`; `adapter_share`, of the base model's parameters; `adapter_bytes` of its tensors as they
         would be saved. What training needed is not known here.
     """
-    state = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    state = _state(model, model.active_adapter)
     own = sum(tensor.numel() for tensor in state.values())
     everything = sum(parameter.numel() for parameter in model.parameters())
-    adapters = sum(
-        sum(tensor.numel() for tensor in get_peft_model_state_dict(model, adapter_name=name).values())
-        for name in model.peft_config
-    )
+    adapters = sum(sum(tensor.numel() for tensor in _state(model, name).values()) for name in model.peft_config)
     return {
         "adapter_parameters": own,
         "adapter_share": own / max(1, everything - adapters),
         "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
     }
+
+
+def _state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    # "auto" would ask the Hub whether the vocabulary has grown.
+    return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
 
 
 class CostClock:

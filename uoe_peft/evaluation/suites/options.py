@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from datasets import Dataset
 
 from uoe_peft.evaluation.suites.suite import LABEL, OPTIONS, QuestionSet, SetRole
+
+logger = logging.getLogger(__name__)
 
 
 def option_set(
@@ -40,6 +43,8 @@ def option_set(
 def load_option_files(folder: str | PathLike[str]) -> Dataset:
     """MMLU's CSV files of a folder as one set, with the column `subject` from their names.
 
+    Rows that are no valid CSV are left out, and their number is logged.
+
     Args:
         folder: Holds files such as `astronomy_test.csv` with the columns `question,A,B,C,D,answer`.
 
@@ -49,13 +54,17 @@ def load_option_files(folder: str | PathLike[str]) -> Dataset:
     paths = sorted(Path(folder).glob("*.csv"))
     if not paths:
         raise ValueError(f"{folder} has no CSV files; expected MMLU's, such as astronomy_test.csv")
-    rows = []
+    rows: list[dict[Any, Any]] = []
     for path in paths:
         # Not by `load_dataset`: options such as "None" or "1" are text here, and stay so.
         with path.open(encoding="utf-8", newline="") as file:
             subject = path.stem.rpartition("_")[0] or path.stem
             rows += [{**row, "subject": subject} for row in csv.DictReader(file)]
-    return Dataset.from_list(rows)
+    # Some copies of MMLU have quotes inside quotes: such a row falls into more fields than there are columns.
+    whole = [row for row in rows if None not in row and None not in row.values()]
+    if len(whole) < len(rows):
+        logger.warning("%s: left out %d of %d rows, which are no valid CSV", folder, len(rows) - len(whole), len(rows))
+    return Dataset.from_list(whole)
 
 
 def _as_row(row: Mapping[str, Any], place: int, name: str, question: str) -> dict[str, Any]:
