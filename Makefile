@@ -8,6 +8,9 @@ BENCH_DEVICE ?= cpu
 BENCH_SCALE ?= default
 BENCH_THREADS ?= 2
 MUTANTS ?= --minutes 60
+# As many processes as the machine has cores; a file's tests share what is slow to make, so they stay together.
+TEST_PROCESSES ?= auto
+IN_PARALLEL = --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +28,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quantization lint format types layout bench bench-forgetting mutants clean
+.PHONY: help setup demo test test-quick test-quantization lint format types layout bench bench-forgetting mutants clean
 
 help:
 	@echo 'make demo     find the expert, unlearn a topic, switch the adapter on and off (2 minutes)'
@@ -54,7 +57,10 @@ demo: $(SETUP)
 	$(BIN)/uoe-peft demo --output_dir $(OUTPUT_DIR)
 
 test: $(SETUP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL) --durations=15
+
+test-quick: $(SETUP)
+	$(BIN)/python -m pytest $(IN_PARALLEL) --durations=5
 
 test-quantization: $(QUANTIZERS)
 	PYTHONPATH=$(QUANTIZERS) $(BIN)/python -m pytest tests/tuner/test_quantised.py

@@ -1,7 +1,7 @@
 """The models that speed is measured on: real architectures with random weights, and random tokens.
 
 "default" has the size that the targets are set for (168 M parameters); the scales that are named after a published
-model have its configuration, in bfloat16, and are for a GPU.
+model have its configuration, in bfloat16 where the machine is fast in it, and are for a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, 
 
 from uoe_peft.losses import mask_to_top_k
 from uoe_peft.moe.routing import RoutingTrace, record_routing
+from uoe_peft.precision import fast_dtype
 
 Scale = Literal["small", "default", "qwen1.5-moe-a2.7b", "qwen3-30b-a3b"]
 
@@ -96,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target_layer", type=int, help="None: at three quarters of the depth.")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--dtype", help="None: float32, and bfloat16 at a published model's scale.")
+    parser.add_argument("--dtype", help="None: float32; at a published model's scale bfloat16, if it is fast.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
 
@@ -105,7 +106,9 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
     """The setting that the options describe."""
     sizes = SIZES[arguments.scale]
     num_layers = arguments.num_layers or sizes["num_hidden_layers"]
-    own_dtype = "float32" if arguments.scale in ("small", "default") else "bfloat16"
+    own_dtype = torch.float32
+    if arguments.scale not in ("small", "default"):
+        own_dtype = fast_dtype(torch.bfloat16, arguments.device)
     return Setting(
         scale=arguments.scale,
         num_layers=num_layers,
@@ -114,7 +117,7 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
         target_layer=3 * num_layers // 4 if arguments.target_layer is None else arguments.target_layer,
         batch_size=arguments.batch_size,
         length=arguments.length,
-        dtype=arguments.dtype or own_dtype,
+        dtype=arguments.dtype or str(own_dtype).removeprefix("torch."),
         device=arguments.device,
     )
 

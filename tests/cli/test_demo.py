@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from uoe_peft import precision
 from uoe_peft.cli import main
-from uoe_peft.cli.demo import count_other_bits
+from uoe_peft.cli.demo import compute_dtype, count_other_bits
 from uoe_peft.cli.fresh_process import reload_differs_by
 from uoe_peft.testbed import checkpoint_path
 
@@ -46,6 +47,13 @@ def test_little_is_trained(report: dict[str, Any], output_dir: Path) -> None:
 def test_the_adapter_comes_off_without_a_trace_and_loads_as_it_was(report: dict[str, Any]) -> None:
     assert report["toggle_bit_exact"] is True
     assert report["reload_max_difference"] == 0.0
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_it_computes_in_bfloat16_where_that_is_quick(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "is_slow", lambda dtype, device: slow and dtype == torch.bfloat16)
+    assert compute_dtype("auto") == ("float32" if slow else "bfloat16")
+    assert compute_dtype("bfloat16") == "bfloat16"
 
 
 def test_there_is_a_picture(output_dir: Path) -> None:

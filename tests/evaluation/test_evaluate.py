@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, Qwen2MoeForCausalLM
 
 from tests.evaluation.conftest import new_model, teach
+from uoe_peft import precision
 from uoe_peft.evaluation import (
     Calibration,
     QuestionSet,
@@ -48,6 +50,16 @@ def test_base_knows_both_sets_and_the_adapter_breaks_them(scrambled: PeftModel, 
         assert scores.probability < 0.1
     assert set(report.scores) == {"base", "unlearned"}
     assert report.notes == ()
+
+
+def test_a_type_that_this_machine_is_slow_in_is_said(
+    scrambled: PeftModel, sets: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(precision, "is_slow", lambda dtype, device: dtype == torch.float32)
+    precision._say.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="uoe_peft"):
+        evaluate_unlearning(scrambled, **sets)
+    assert caplog.text.count("computes in float32, in which matrix products take") == 1
 
 
 def test_a_model_that_never_saw_the_forget_set_knows_only_the_other(

@@ -42,10 +42,14 @@ def main(output: Path, batch_size: int, *, starve: bool, rmu: bool) -> None:
             per_device_train_batch_size=batch_size,
             max_steps=4,
             max_grad_norm=0,
+            calibrate="retain",
+            calibrate_metric="probability",
+            calibrate_retain_share=0.9999,
             **({"forget_loss": "rmu", "retain_loss": "embed_diff", "logging_steps": 3} if rmu else {}),
         ),
         train_dataset=forget,
         retain_dataset=retain,
+        eval_dataset={"forget": forget, "retain": retain},
         processing_class=make_tokenizer(),
         callbacks=[keep],
     )
@@ -65,6 +69,7 @@ def main(output: Path, batch_size: int, *, starve: bool, rmu: bool) -> None:
     logs = trainer.state.log_history[0] if rank == 0 else {}
     seen = {"gradients": gradients, "pairs": pairs, "state": state, "logs": logs}
     seen |= {"caches": caches, "from_cache": from_cache}
+    seen |= {"strength": model.peft_config["default"].strength, "choice": trainer.strength_choice.curve}
     torch.save(seen, output / f"rank{rank}.pt")
 
 

@@ -51,6 +51,14 @@ def test_logged_losses_are_of_the_whole_batch(one_and_two):
         assert first["logs"][name] == pytest.approx(one["logs"][name], rel=1e-4)
 
 
+def test_processes_choose_the_same_strength(one_and_two):
+    (one,), (first, second) = one_and_two
+    assert first["strength"] == second["strength"] and first["choice"] == second["choice"]
+    assert first["strength"] == pytest.approx(one["strength"], abs=1 / 32)
+    for scale in (0.0, 0.5, 1.0):
+        assert first["choice"][scale] == pytest.approx(one["choice"][scale], rel=1e-3)
+
+
 def test_processes_share_one_prefix_cache_which_is_removed_at_the_end(one_and_two, tmp_path_factory):
     _, (first, second) = one_and_two
     assert all(first["from_cache"]) and all(second["from_cache"])

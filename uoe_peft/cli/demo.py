@@ -32,6 +32,7 @@ from uoe_peft.cli.parsing import parse
 from uoe_peft.cli.picture import draw
 from uoe_peft.cli.training_bar import TrainingBar
 from uoe_peft.evaluation import UnlearningReport, evaluate_unlearning
+from uoe_peft.precision import fast_dtype
 from uoe_peft.testbed import FORGET_TOPIC, TOPICS, checkpoint_path, load_facts
 from uoe_peft.training import UnlearningConfig, UnlearningTrainer
 from uoe_peft.training.choices import ForgetLoss
@@ -46,7 +47,10 @@ class DemoArguments:
 
     output_dir: str = field(default="demo_output", metadata={"help": "Where adapter, report and picture go."})
     seed: int = field(default=0, metadata={"help": "Of sampling and of training."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Of the base model: bfloat16 or float32."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Of the base model: bfloat16 or float32; auto: bfloat16 where this machine is quick in it."},
+    )
     score: Score = field(default="contrast", metadata={"help": "How experts are ranked."})
     num_experts: int = field(default=1, metadata={"help": "How many experts to unlearn."})
     forget_loss: ForgetLoss = field(default="npo", metadata={"help": "Loss on the forget set."})
@@ -79,6 +83,7 @@ def run(arguments: Sequence[str]) -> None:
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
+    options.dtype = compute_dtype(options.dtype)
     torch.set_num_threads(1)  # a second one gains nothing on so small a model, and costs much on a busy machine
     set_seed(options.seed)
     # PEFT 0.21 asks models for transformers' old name of activation checkpointing, each time it wraps one.
@@ -101,6 +106,11 @@ def run(arguments: Sequence[str]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _rule("Done")
     console.print(f"{content['seconds']:.0f} s. Report: {path}   picture: {output_dir / 'demo.png'}")
+
+
+def compute_dtype(name: str) -> str:
+    """A type's name; of "auto" bfloat16's, or float32's where the CPU is slow in bfloat16."""
+    return str(fast_dtype(torch.bfloat16)).removeprefix("torch.") if name == "auto" else name
 
 
 def _rule(title: str) -> None:

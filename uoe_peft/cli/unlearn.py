@@ -59,6 +59,8 @@ def run(arguments: Sequence[str]) -> None:
         ),
     )
     trainer.train()
+    if trainer.strength_choice is not None:
+        print(trainer.strength_choice.summary())
     trainer.save_model(training.output_dir)
     print(f"adapter written to {training.output_dir}; load it with `import uoe_peft` and PeftModel.from_pretrained")
 

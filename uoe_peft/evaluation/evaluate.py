@@ -28,6 +28,7 @@ from uoe_peft.evaluation.suites import QuestionSet, Suite, plain_suite
 from uoe_peft.evaluation.suites.suite import OPTIONS
 from uoe_peft.evaluation.summary import answer_scores, example_table, fluency_metrics, model_metrics, scores_by_value
 from uoe_peft.evaluation.switching import adapter_off, answering, scaled
+from uoe_peft.precision import say_if_slow
 
 _VERSIONS = ("uoe-peft", "torch", "transformers", "peft", "datasets")
 
@@ -98,6 +99,7 @@ def evaluate_unlearning(
     _check(
         model, retrained_model, batch_size=batch_size, max_new_tokens=max_new_tokens, attack_examples=attack_examples
     )
+    say_if_slow(model)
     suite = _suite(suite, forget_dataset, retain_dataset)
     asking = Asking(text_tokenizer(processing_class), batch_size, max_new_tokens, cache_dir)
     sampled = {

@@ -45,3 +45,8 @@ def builders() -> Any:
         lora = staticmethod(with_lora)
 
     return Builders
+
+
+@pytest.fixture
+def sets() -> tuple[Dataset, Dataset]:
+    return make_sets()

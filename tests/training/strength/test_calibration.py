@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from uoe_peft.training.strength.measure import known, known_after_relearning
@@ -221,3 +222,36 @@ def test_strengths_can_be_judged_after_relearning(trainer_of):
     assert all(set(point) == {"forget", "retain", "forget_relearned"} for point in choice.curve.values())
     assert choice.forget_left == choice.curve[choice.scale]["forget_relearned"]
     assert isinstance(trainer.model, PeftModel)
+
+
+def test_what_was_trained_survives_a_measure_that_fails(trainer_of, monkeypatch, caplog):
+    monkeypatch.setattr("uoe_peft.training.strength.calibration.known", lambda *args: float("nan"))
+    trainer = trainer_of(calibrate="retain")
+    trainer.train()
+    assert trainer.strength_choice is None and "stays as trained" in caplog.text
+    assert trainer.model.peft_config["default"].strength == 1
+    assert any(p.any() for n, p in trainer.model.named_parameters() if "uoe_delta" in n)
+
+
+def test_the_best_checkpoint_is_what_is_made_weaker(trainer_of, sets):
+    """Loaded at the end, before the strength is chosen."""
+    trainer = trainer_of(
+        eval_dataset={"forget": sets[0], "retain": sets[1]},
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_retain_loss",
+        greater_is_better=False,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        calibrate_retain_share=0.9,
+    )
+    trainer.train()
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "adapter_model.safetensors")
+    now = {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if "uoe_delta" in n}
+    for name, saved in best.items():
+        assert torch.equal(next(p for n, p in now.items() if n == name), saved)
+    rows = trainer._calibration.rows
+    assert len(rows["retain"]) == 11 and len(trainer.train_dataset.retain) == 90
+    kept = probability(trainer.model, rows["retain"])
+    assert kept == pytest.approx(trainer.strength_choice.curve[trainer.strength_choice.scale]["retain"], rel=1e-4)

@@ -29,7 +29,7 @@ class CalibratingTrainer(SFTTrainer):
     """TRL's `SFTTrainer` that chooses the strength of what was trained, see `StrengthOptions`.
 
     Attributes:
-        strength_choice: What was chosen at the end of the last training; None where nothing was.
+        strength_choice: What was chosen at the end of the last training; None where none was.
     """
 
     args: UnlearningConfig
@@ -91,7 +91,7 @@ class CalibratingTrainer(SFTTrainer):
 
     def _choose_strength(self) -> None:
         self.strength_choice = cast(Calibration, self._calibration).choose()
-        for record in self.strength_choice.logs():
+        for record in [] if self.strength_choice is None else self.strength_choice.logs():
             self.log(record)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

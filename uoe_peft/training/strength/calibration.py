@@ -77,17 +77,26 @@ class Calibration:
             size = sum(weight.nbytes for weight in self._base.values())
             logger.info("two copies of what is trained are needed to choose its strength: %.1f MB each", size / 1e6)
 
-    def choose(self) -> StrengthChoice:
-        """Try strengths, and leave the model at the one that was chosen."""
+    def choose(self) -> StrengthChoice | None:
+        """Try strengths, and leave the model at the one that was chosen; None, and as trained, where this failed."""
         scaling = self._scaling()
         scale = 1.0
         try:
-            choice = said_by_first_process(lambda: self._choose(scaling))
-            scale = choice.scale
+            choice = said_by_first_process(lambda: self._choose_or_say(scaling))
+            scale = 1.0 if choice is None else choice.scale
         finally:
             scaling.set(scale)
-        logger.log(logging.INFO if choice.scale == 1 and choice.meets_goal else logging.WARNING, choice.summary())
+        if choice is not None:
+            logger.log(logging.WARNING if choice.scale < 1 or not choice.meets_goal else logging.INFO, choice.summary())
         return choice
+
+    def _choose_or_say(self, scaling: Scaling) -> StrengthChoice | None:
+        try:
+            return self._choose(scaling)
+        except (ValueError, RuntimeError):  # out of memory is one
+            # Training may have taken days: its caller must get to save what came of it.
+            logger.exception("the strength could not be chosen: the model stays as trained")
+            return None
 
     def _scaling(self) -> Scaling:
         if isinstance(self.model, PeftModel):
