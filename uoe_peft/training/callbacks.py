@@ -1,4 +1,4 @@
-"""What happens beside the steps: new pairs for each epoch, curvature, stopping once enough is forgotten."""
+"""What happens beside the steps: new pairs for each epoch, curvature, stopping once enough is forgotten, a last act."""
 
 from __future__ import annotations
 
@@ -98,3 +98,20 @@ class EstimateCurvature(TrainerCallback):
             raise TypeError(f"sophia_estimator needs optim='sophia' and no optimizer of your own, got {sophia!r}")
         if sophia.curvature_is_due:
             sophia.add_curvature(self.estimate())
+
+
+@dataclass(frozen=True)
+class AtTheEnd(TrainerCallback):
+    """Does something once training has ended, with the best model loaded if that was asked for.
+
+    Attributes:
+        act: What is done.
+    """
+
+    act: Callable[[], None]
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do it."""
+        self.act()

@@ -11,11 +11,12 @@ from trl.trainer.sft_config import SFTConfig
 
 from uoe_peft.attribution.scores import Score
 from uoe_peft.training.choices import CHOICES, DEFAULT_BETA, ForgetLoss, ReferenceKind, RetainLoss, SophiaEstimator
+from uoe_peft.training.strength.options import StrengthOptions
 
 
 @dataclass
-class UnlearningConfig(SFTConfig):
-    """Arguments of :class:`UnlearningTrainer`: those of TRL's `SFTConfig`, and the following.
+class UnlearningConfig(StrengthOptions, SFTConfig):
+    """Arguments of :class:`UnlearningTrainer`: those of TRL's `SFTConfig`, of `StrengthOptions`, and the following.
 
     Four defaults differ from TRL's. `learning_rate` is the paper's 1e-4. `gradient_checkpointing` is off: with one
     edited expert nothing is stored for the layers below it anyway. `bf16` is on only where there is an accelerator.
@@ -205,6 +206,7 @@ class UnlearningConfig(SFTConfig):
         self._check_optimiser()
         self._check_projection()
         self._check_inherited()
+        self._check_strength(offload_prefix=self.offload_prefix)
 
     @property
     def forget_beta(self) -> float:

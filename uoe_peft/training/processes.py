@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -21,6 +21,17 @@ def from_first_process(value: T) -> T:
     """
     PartialState()  # accelerate asks it whether there are other processes
     said: T = broadcast_object_list([value])[0]
+    return said
+
+
+def said_by_first_process(ask: Callable[[], T]) -> T:
+    """What the first process answers, on all of them; only it is asked, the others wait.
+
+    Args:
+        ask: Gives anything that can be pickled; must not talk to other processes.
+    """
+    answer = ask() if PartialState().is_main_process else None
+    said: T = broadcast_object_list([answer])[0]
     return said
 
 

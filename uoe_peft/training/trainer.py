@@ -46,10 +46,12 @@ from uoe_peft.training.setup import (
     say_what_is_off,
 )
 from uoe_peft.training.step_log import check_finite, is_logged_step, mean_over_processes, overlap_with_reference
+from uoe_peft.training.strength.calibrating import CalibratingTrainer
+from uoe_peft.training.strength.validation import split_retain
 from uoe_peft.tuner import UOEConfig
 
 
-class UnlearningTrainer(SavingTrainer, EvaluatingTrainer):
+class UnlearningTrainer(CalibratingTrainer, SavingTrainer, EvaluatingTrainer):
     """Trains a model to forget one set and to keep another.
 
     Everything is as in TRL's :class:`~trl.SFTTrainer`, except: `train_dataset` is the forget set; each of its batches
@@ -112,6 +114,7 @@ class UnlearningTrainer(SavingTrainer, EvaluatingTrainer):
         args = UnlearningConfig() if args is None else args
         check_sets(args, train_dataset, retain_dataset)
         check_arguments(args, kwargs)
+        retain_dataset, aside = split_retain(retain_dataset, args, eval_dataset)
         processing_class = processing_class or load_tokenizer(model, args)
         paired = None
         if isinstance(peft_config, UOEConfig) and peft_config.target_experts == "auto":
@@ -152,6 +155,7 @@ class UnlearningTrainer(SavingTrainer, EvaluatingTrainer):
         check_model(self.model, args)
         self.objective = build_objective(self.model, args, device=args.device)
         self.reuse = self._make_reuse()
+        self._prepare_calibration(aside)
         self._add_callbacks()
         say_what_is_off(args, self.objective.targets)
         with self.accelerator.autocast():
@@ -168,7 +172,7 @@ class UnlearningTrainer(SavingTrainer, EvaluatingTrainer):
             TrainingRows(self.train_dataset, self.args, collate),
             self.accelerator,
             source=self._prefix_source,
-            evaluated=self.evaluated_rows,
+            evaluated=lambda: [*self.evaluated_rows(), *self._rows_that_choose()],
             sharded=lambda: self.is_sharded,
         )
 
