@@ -2,7 +2,8 @@
 
 Every storage has a place, a number: that of `torch.device("cpu", place)`, which PyTorch takes for the plain CPU. Moving
 between places copies, as it does between accelerators; an operation on tensors of two places is an error, as it is
-there. Only forward passes are watched: in the backward pass autograd places gradients by itself.
+there. Only forward passes are watched: in the backward pass autograd places gradients by itself, and what comes out of it
+may meet any place.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class _Watch(TorchDispatchMode):
         if len(found) > 1 and name not in _MAY_MEET and not backward:
             raise RuntimeError(f"{op}: tensors on the places {sorted(found)} meet")
         output = op(*args, **kwargs)
+        if backward:
+            return output
         asked = kwargs.get("device")
         place = asked.index if asked is not None else next(iter(found), None)
         for tensor in tree_leaves(output):
