@@ -2,8 +2,8 @@
 
 Every storage has a place, a number: that of `torch.device("cpu", place)`, which PyTorch takes for the plain CPU. Moving
 between places copies, as it does between accelerators; an operation on tensors of two places is an error, as it is
-there. Only forward passes are watched: in the backward pass autograd places gradients by itself, and what comes out of it
-may meet any place.
+there. Only forward passes are watched: in the backward pass autograd places gradients by itself, and what comes
+out of it may meet any place.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def evaluate_unlearning(
 
     Args:
         model: A `PeftModel` whose adapter is the unlearning.
-        forget_dataset: What should be forgotten, in any of TRL's types. Rows of plain text have no prompt to answer:
-            they get no ROUGE-L, and a note says so.
+        forget_dataset: What should be forgotten, in any type that training reads. Rows of plain text have no prompt to
+            answer: they get no ROUGE-L, and a note says so.
         retain_dataset: What should be kept, likewise.
         processing_class: The model's tokenizer, or a processor that holds one.
         retrained_model: A model trained without the forget set, the gold reference; it reads the same tokens.
