@@ -2,8 +2,7 @@
 
 Every storage has a place, a number: that of `torch.device("cpu", place)`, which PyTorch takes for the plain CPU. Moving
 between places copies, as it does between accelerators; an operation on tensors of two places is an error, as it is
-there. Only forward passes are watched: in the backward pass autograd places gradients by itself, and what comes
-out of it may meet any place.
+there. Only forward passes are watched: in the backward pass autograd places gradients by itself.
 """
 
 from __future__ import annotations
@@ -43,12 +42,11 @@ class _Watch(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         found = {place for tensor in given if (place := self.place(tensor)) is not None}
         name = op.__name__.split(".")[0]
-        backward = torch._C._current_graph_task_id() != -1
-        if len(found) > 1 and name not in _MAY_MEET and not backward:
+        if torch._C._current_graph_task_id() != -1:  # the backward pass
+            return op(*args, **kwargs)
+        if len(found) > 1 and name not in _MAY_MEET:
             raise RuntimeError(f"{op}: tensors on the places {sorted(found)} meet")
         output = op(*args, **kwargs)
-        if backward:
-            return output
         asked = kwargs.get("device")
         place = asked.index if asked is not None else next(iter(found), None)
         for tensor in tree_leaves(output):
