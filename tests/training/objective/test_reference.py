@@ -9,8 +9,8 @@ from uoe_peft.training.objective.reference import Reference
 from uoe_peft.tuner import UOEConfig
 
 ROWS = [
-    {"forget": {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "index": 3}},
-    {"forget": {"input_ids": [9, 10, 11], "labels": [-100, -100, 11], "index": 1}},
+    {"forget": {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "id": 33}},
+    {"forget": {"input_ids": [9, 10, 11], "labels": [-100, -100, 11], "id": 11}},
 ]
 BATCH = collate_groups(ROWS, pad_token_id=0)["forget"]
 
@@ -29,8 +29,8 @@ def test_the_reference_is_the_model_without_its_adapter(build):
     reference = Reference(model, hidden_layer=2)
     assert not torch.allclose(forward_answers(model, BATCH).logits, expected.logits)
     torch.testing.assert_close(reference.answers(model, BATCH).logits, expected.logits)
-    torch.testing.assert_close(reference.nll(model, "forget", BATCH), expected.nll())
-    assert not reference.nll(model, "forget", BATCH).requires_grad
+    torch.testing.assert_close(reference.nll(model, BATCH), expected.nll())
+    assert not reference.nll(model, BATCH).requires_grad
     assert not torch.allclose(forward_answers(model, BATCH).logits, expected.logits)  # the adapter is back
     assert any(parameter.requires_grad for parameter in model.parameters())
 
@@ -59,26 +59,26 @@ def test_precomputed_values_survive_full_training(build):
     model = build.model()
     reference = Reference(model, hidden_layer=1)
     with pytest.raises(RuntimeError, match="no base model any more"):
-        reference.nll(model, "forget", BATCH)
+        reference.nll(model, BATCH)
     expected = forward_answers(model, BATCH, hidden_layer=1)
     for need in ("nll", "hidden"):
-        reference.precompute("forget", [BATCH], need=need)
+        reference.precompute([BATCH], need=need)
     edit(model)
-    torch.testing.assert_close(reference.nll(model, "forget", BATCH), expected.nll())
-    torch.testing.assert_close(reference.hidden(model, "forget", BATCH), expected.hidden)
+    torch.testing.assert_close(reference.nll(model, BATCH), expected.nll())
+    torch.testing.assert_close(reference.hidden(model, BATCH), expected.hidden)
     with pytest.raises(RuntimeError, match="no base model any more"):
-        reference.nll(model, "alternative", BATCH)
+        reference.nll(model, BATCH | {"id": torch.tensor([33, 12])})
 
 
 def test_precomputed_values_belong_to_an_example_not_to_a_place(build):
     model = build.uoe(build.model())
     reference = Reference(model, hidden_layer=1)
     for need in ("nll", "hidden"):
-        reference.precompute("forget", [BATCH], need=need)
+        reference.precompute([BATCH], need=need)
     swapped = collate_groups(ROWS[::-1], pad_token_id=0)["forget"]
     expected = forward_answers(model, swapped, hidden_layer=1)
-    torch.testing.assert_close(reference.nll(model, "forget", swapped), expected.nll())
-    torch.testing.assert_close(reference.hidden(model, "forget", swapped), expected.hidden)
+    torch.testing.assert_close(reference.nll(model, swapped), expected.nll())
+    torch.testing.assert_close(reference.hidden(model, swapped), expected.hidden)
 
 
 @pytest.fixture
