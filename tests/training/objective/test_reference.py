@@ -107,6 +107,17 @@ def test_earlier_adapters_stay_on_in_the_current_reference(two_requests, build):
     assert not any(".default." in name for name in trainable)
 
 
+def test_earlier_adapters_experts_are_not_anchored_and_their_record_stays(two_requests, make_trainer, tmp_path):
+    model, _ = two_requests
+    model.peft_config["default"].provenance = {"forgets": "the first request"}
+    trainer = make_trainer(model, max_steps=1, output_dir=str(tmp_path), forgets="the second")
+    assert trainer.objective.targets == {1: [2], 2: [4]}
+    trainer.train()
+    trainer.save_model()
+    assert model.peft_config["default"].provenance == {"forgets": "the first request"}
+    assert model.peft_config["second"].provenance["forgets"] == "the second"
+
+
 def test_adapters_that_are_all_trained_are_all_off(two_requests, build):
     model, _ = two_requests
     model.set_requires_grad("default", True)

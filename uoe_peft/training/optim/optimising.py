@@ -66,10 +66,7 @@ class OptimisingTrainer(SFTTrainer):
         ratio, mu = cast(float, self.args.weight_mask_ratio), self.args.weight_mask_mu
         with self.accelerator.autocast(), self.reuse.from_prefix():
             retain = rows.first_epoch("retain") if "retain" in self.train_dataset.sets else None
-            mu = self.args.weight_mask_mu
-            masks = weight_attribution_mask(
-                cast(nn.Module, self.model), rows.first_epoch("forget"), retain, ratio=ratio, mu=mu
-            )
+            masks = weight_attribution_mask(model, rows.first_epoch("forget"), retain, ratio=ratio, mu=mu)
         return masks_from_first_process(masks)
 
     def _measure(self, role: str) -> Moments:
