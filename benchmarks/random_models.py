@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 
+from uoe_peft.data.encoding import example_id
 from uoe_peft.losses import mask_to_top_k
 from uoe_peft.moe.routing import RoutingTrace, record_routing
 from uoe_peft.precision import fast_dtype
@@ -144,7 +145,7 @@ def random_batch(setting: Setting, *, seed: int = 0) -> dict[str, Tensor]:
     labels = ids.clone()
     labels[:, : setting.length // 2] = -100
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    batch["index"] = torch.arange(len(ids))
+    batch["id"] = torch.tensor([example_id(*row) for row in zip(ids.tolist(), labels.tolist(), strict=True)])
     return {name: tensor.to(setting.device) for name, tensor in batch.items()}
 
 

@@ -140,7 +140,7 @@ def _prepared(objective: Objective, batches: Batches, *, cached: bool) -> Object
     objective = take_shortcuts(objective, batches["forget"], num_answer_tokens=num_answer_tokens)
     needs = objective.reference_needs(examples_come_again=True, on_disk=True) if cached else {}
     for role, need in needs.items():
-        objective.reference.precompute(role, [batches[role]], need=need)
+        objective.reference.precompute([batches[role]], need=need)
     return objective
 
 

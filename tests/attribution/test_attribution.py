@@ -58,6 +58,12 @@ def test_top_takes_the_best_anywhere_or_of_the_best_layer(small: ExpertAttributi
     assert small.top(2, strategy="same_layer", exclude_layers=[5]) == [(3, 0), (3, 1)]
 
 
+def test_top_of_each_layer_is_what_each_layer_alone_would_give(small: ExpertAttribution) -> None:
+    for m in (1, 2, 4):
+        alone = [small.top(m, strategy="same_layer", exclude_layers={3, 5, 9} - {layer}) for layer in (3, 5)]
+        assert small.top(m, strategy="each_layer", exclude_layers=[9]) == [*alone[0], *alone[1]]
+
+
 def test_layers_with_equal_sums_are_taken_in_the_models_order(small: ExpertAttribution) -> None:
     tied = replace(small, affinity=torch.full((3, 4), 0.25))
     assert tied.top(2, strategy="same_layer") == [(3, 0), (3, 1)]
@@ -69,6 +75,7 @@ def test_layers_with_equal_sums_are_taken_in_the_models_order(small: ExpertAttri
         ({"m": 0}, "cannot choose 0 experts"),
         ({"m": 13}, "use 1 to 12"),
         ({"m": 5, "strategy": "same_layer"}, "use 1 to 4"),
+        ({"m": 5, "strategy": "each_layer"}, "use 1 to 4"),
         ({"strategy": "any"}, "strategy must be"),
         ({"exclude_layers": [4]}, r"attributed are \[3, 5, 9\]"),
     ],

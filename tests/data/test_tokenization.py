@@ -148,6 +148,33 @@ def test_unusable_sets_are_refused(tokenizer, rows, error, message):
         tokenize_dataset(rows, tokenizer, max_length=5)
 
 
+SAID = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "Ada"}]
+TEXT = {"prompt": "who? ", "completion": "Ada"}
+CHAT = {"prompt": SAID[:1], "completion": SAID[1:]}
+
+
+@pytest.mark.parametrize("row", [{"text": "Ada"}, {"messages": SAID}, TEXT, CHAT, {**TEXT, "label": 3}])
+def test_types_of_trl_that_sft_reads_are_read(tokenizer, row):
+    rows = tokenize_dataset(Dataset.from_list([row]), tokenizer, max_length=None)
+    assert "Ada" in answers(rows, tokenizer)[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "who? ", "chosen": "Ada", "rejected": "Bob"}, "TRL's preference type: forget_loss=.*dpo"),
+        ({"chosen": SAID, "rejected": SAID}, "TRL's preference type"),
+        ({**TEXT, "label": True}, "unpaired preference type, whose 'label' would be ignored.*remove_columns"),
+        ({**CHAT, "label": False}, "unpaired preference type"),
+        ({"prompt": "who? "}, "TRL's prompt-only type: add the answers"),
+        ({"prompt": "2 + 2?", "completions": ["It", "is 4"], "labels": [True, True]}, "stepwise supervision type"),
+    ],
+)
+def test_other_types_of_trl_are_refused_by_name(tokenizer, row, message):
+    with pytest.raises(ValueError, match=message):
+        tokenize_dataset(Dataset.from_list([row]), tokenizer, max_length=None)
+
+
 @pytest.mark.parametrize("column", ["images", "image", "videos", "audio"])
 def test_sets_of_pictures_are_refused_by_name(tokenizer, column):
     rows = Dataset.from_dict({"text": ["x"], column: ["a.png"]})

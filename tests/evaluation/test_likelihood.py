@@ -57,7 +57,9 @@ def test_a_model_that_gives_no_numbers_is_named(
     taught_model: Qwen2MoeForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = taught_model.lm_head.weight
-    monkeypatch.setattr(taught_model.lm_head, "weight", torch.nn.Parameter(torch.full_like(weight, math.nan)))
+    # pytest 9 takes an attribute that is in no `__dict__` away again instead of setting it back: the register it is.
+    broken = torch.nn.Parameter(torch.full_like(weight, math.nan))
+    monkeypatch.setitem(taught_model.lm_head._parameters, "weight", broken)
     example = {"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}
     with pytest.raises(ValueError, match=r"base, forget set, a batch with the examples \[0\].*not finite"):
         score_answers(taught_model, [example], batch_size=1, desc="base, forget set")

@@ -111,6 +111,17 @@ def test_an_adapter_that_was_there_stays_when_a_load_into_it_fails(
     assert set(model.peft_config) == {"default"} and torch.equal(logits(model), said)
 
 
+def test_transformers_own_loading_checks_no_file(qwen: PreTrainedModel, folder: Path) -> None:
+    """`model.load_adapter` of transformers hands the file to no method of PEFT: `UOEModel` says which loading to use.
+
+    Where this fails, it has become safe, and what `UOEModel` says of it is to be taken back.
+    """
+    spoil(folder, lambda state: with_nan(with_norm(state)))
+    qwen.load_adapter(str(folder))
+    assert torch.equal(qwen.model.norm.weight, torch.zeros(32))
+    assert any(p.isnan().any() for name, p in qwen.named_parameters() if ".uoe_" in name)
+
+
 def test_modules_that_an_adapter_saves_in_full_are_its_own(
     qwen: PreTrainedModel, logits: Logits, tmp_path: Path
 ) -> None:

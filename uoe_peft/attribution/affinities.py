@@ -17,7 +17,7 @@ from uoe_peft.attribution.expert_use import ExpertUse
 from uoe_peft.attribution.scores import Gate, Score, contrast
 
 Pair = tuple[int, int]
-Strategy = Literal["all_layers", "same_layer"]
+Strategy = Literal["all_layers", "same_layer", "each_layer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +74,13 @@ class Affinities:
         Args:
             m: How many, M of https://arxiv.org/abs/2411.18797.
             strategy: "all_layers": the best anywhere. "same_layer": the best of one layer, the layer whose `m` best
-                have the greatest sum of affinities.
+                have the greatest sum of affinities. "each_layer": the `m` best of every layer, layer by layer; editing
+                several layers forgets what relearning brings back more slowly.
             exclude_layers: Decoder layers to leave out.
 
         Raises:
-            ValueError: Fewer than `m` experts are measured (in one layer, for "same_layer"); `exclude_layers` names a
-                layer that was not attributed; an unknown strategy.
+            ValueError: Fewer than `m` experts are measured (in one layer, but for "all_layers"); `exclude_layers` names
+                a layer that was not attributed; an unknown strategy.
         """
         excluded = set(exclude_layers)
         if unknown := sorted(excluded - set(self.layer_indices)):
@@ -90,8 +91,10 @@ class Affinities:
                 best = pairs[:m]
             case "same_layer":
                 best = _best_of_one_layer(pairs, m)
+            case "each_layer":
+                best = _best_of_each_layer(pairs, m)
             case _:
-                raise ValueError(f"strategy must be 'all_layers' or 'same_layer', got {strategy!r}")
+                raise ValueError(f"strategy must be 'all_layers', 'same_layer' or 'each_layer', got {strategy!r}")
         if m < 1 or len(best) < m:
             raise ValueError(f"cannot choose {m} experts by strategy {strategy!r}: use 1 to {len(best)}")
         return [(layer_idx, expert_idx) for layer_idx, expert_idx, _ in best]
@@ -154,10 +157,24 @@ def affinity_of(score: Score, gate: Gate, forget: ExpertUse | None, retain: Expe
             raise ValueError(f"score {score!r} is not made of routing decisions; call attribute_experts with it")
 
 
-def _best_of_one_layer(ranking: Sequence[tuple[int, int, float]], m: int) -> list[tuple[int, int, float]]:
+def _best_of_each_layer(ranking: Sequence[tuple[int, int, float]], m: int) -> list[tuple[int, int, float]]:
+    by_layer = _by_layer(ranking)
+    fewest = min((len(entries) for entries in by_layer.values()), default=0)
+    # Where a layer has too few, what it has is all that can be said to be possible.
+    return (
+        [entry for layer in sorted(by_layer) for entry in by_layer[layer][:m]] if m <= fewest else [*ranking[:fewest]]
+    )
+
+
+def _by_layer(ranking: Sequence[tuple[int, int, float]]) -> dict[int, list[tuple[int, int, float]]]:
     by_layer: dict[int, list[tuple[int, int, float]]] = {}
     for entry in ranking:
         by_layer.setdefault(entry[0], []).append(entry)
+    return by_layer
+
+
+def _best_of_one_layer(ranking: Sequence[tuple[int, int, float]], m: int) -> list[tuple[int, int, float]]:
+    by_layer = _by_layer(ranking)
     enough = [entries[:m] for entries in by_layer.values() if len(entries) >= m]
     if not enough:
         return max(by_layer.values(), key=len, default=[])

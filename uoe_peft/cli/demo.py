@@ -58,6 +58,9 @@ class DemoArguments:
     retain_weight: float = field(default=8.0, metadata={"help": "Weight of the loss on the retain set."})
     alternative_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on refusals; 0: none."})
     anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the anchor, Eq. 3."})
+    retain_share: float = field(
+        default=0.99, metadata={"help": "Strength: the greatest that keeps this share on validation rows."}
+    )
     learning_rate: float = field(default=5e-3, metadata={"help": "Peak; it falls linearly."})
     num_train_epochs: float = field(default=8.0, metadata={"help": "Passes over the forget set."})
     max_steps: int = field(default=-1, metadata={"help": "Stop training after so many steps; -1: after the epochs."})
@@ -172,6 +175,9 @@ def _unlearn(world: _World, targets: list[tuple[int, int]], options: DemoArgumen
             retain_weight=options.retain_weight,
             alternative_weight=options.alternative_weight,
             anchor_weight=options.anchor_weight,
+            calibrate="retain",
+            calibrate_metric="probability",  # of whole answers: one wrong token early spoils what follows
+            calibrate_retain_share=options.retain_share,
             learning_rate=options.learning_rate,
             num_train_epochs=options.num_train_epochs,
             max_steps=options.max_steps,

@@ -1,4 +1,4 @@
-"""Forget and retain sets in any of TRL's types of text -> token ids and labels.
+"""Forget and retain sets in the types of text that TRL's `SFTTrainer` reads -> token ids and labels.
 
 The rules are those of TRL's `SFTTrainer` (end-of-sequence token, where an answer starts,
 truncation), with one difference, said at `tokenize_dataset`: in a conversation only the assistant's
@@ -27,6 +27,17 @@ _NUM_AFTER = "num_answer_tokens"
 _NUM_MISSING = "num_answers_not_rendered"
 
 _NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+
+# TRL's types that say more or less than which answer belongs to a prompt, and what to do with them.
+_OTHER_TYPES = (
+    (
+        {"chosen", "rejected"},
+        "preference",
+        'forget_loss="dpo" and "idk" read it; for others rename a column',
+    ),
+    ({"prompt", "completions"}, "stepwise supervision", "join the steps of each row to one 'completion'"),
+    ({"prompt"}, "prompt-only", "add the answers as a column 'completion'"),
+)
 
 
 def tokenize_dataset(
@@ -77,7 +88,8 @@ def tokenize_dataset(
         TypeError: `dataset` is not a `Dataset` or `IterableDataset`.
         ValueError: The set is empty, has no usable columns, streams without `max_examples`, is
             conversational while there is no chat template, holds images or other things than text,
-            is transformed when it is read, or all its answers are truncated away; `max_length` or
+            is of another of TRL's types (preference, prompt-only, stepwise supervision), is transformed
+            when it is read, or all its answers are truncated away; `max_length` or
             `max_examples` is too small.
     """
     rows = tokenize_rows(
@@ -162,13 +174,7 @@ def tokenize_rows(
         raise ValueError(f"max_length must be None or at least 2 (one token and the next), got {max_length}")
     if truncation_mode not in ("keep_start", "keep_end"):
         raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end', got {truncation_mode!r}")
-    columns = set(dataset.column_names)
-    if not (columns & {"input_ids", *CONVERSATION_COLUMNS, text_field} or {"prompt", "completion"} <= columns):
-        raise ValueError(
-            f"the {name} set has the columns {sorted(columns)}; expected 'prompt' and "
-            f"'completion', or 'messages', or 'conversations', or {text_field!r}, or 'input_ids'; rename or map the "
-            "columns first"
-        )
+    _check_columns(dataset, text_field=text_field, name=name)
     return dataset.map(
         _tokenize_row,
         fn_kwargs={
@@ -181,6 +187,29 @@ def tokenize_rows(
         remove_columns=dataset.column_names,
         num_proc=None if num_proc is None else min(num_proc, len(dataset)),
         desc=f"Tokenizing {name} set",
+    )
+
+
+def _check_columns(dataset: Dataset, *, text_field: str, name: str) -> None:
+    """Refuse sets that have no text to read, or whose type says what would be ignored."""
+    columns = set(dataset.column_names)
+    if columns & {"input_ids", *CONVERSATION_COLUMNS, text_field}:
+        return
+    if {"prompt", "completion"} <= columns:
+        if "label" in columns and dataset.features["label"].dtype == "bool":
+            raise ValueError(
+                f"the {name} set is of TRL's unpaired preference type, whose 'label' would be ignored; choose rows by "
+                "it with dataset.filter, then pass dataset.remove_columns('label')"
+            )
+        return
+    advice = "rename or map the columns first"
+    for needed, kind, what_to_do in _OTHER_TYPES:
+        if needed <= columns:
+            advice = f"it is of TRL's {kind} type: {what_to_do}"
+            break
+    raise ValueError(
+        f"the {name} set has the columns {sorted(columns)}; expected 'prompt' and 'completion', or 'messages', or "
+        f"'conversations', or {text_field!r}, or 'input_ids'; {advice}"
     )
 
 

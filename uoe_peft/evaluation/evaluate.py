@@ -69,8 +69,8 @@ def evaluate_unlearning(
         model: A `PeftModel` whose adapter is the unlearning.
         suite: What is asked; or pass `forget_dataset` and `retain_dataset`.
         processing_class: The model's tokenizer, or a processor that holds one.
-        forget_dataset: What should be forgotten, in any of TRL's types. Rows of plain text have no prompt to answer:
-            they get no ROUGE-L, and a note says so.
+        forget_dataset: What should be forgotten, in any type that training reads. Rows of plain text have no prompt to
+            answer: they get no ROUGE-L, and a note says so.
         retain_dataset: What should be kept, likewise.
         retrained_model: A model trained without the forget set, the gold reference; it reads the same tokens.
         attacks: Run on the unlearned model at full strength, at the scale of `calibration`, and on the retrained model,

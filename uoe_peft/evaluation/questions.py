@@ -54,7 +54,7 @@ def questions_of(
     """The questions of a set, or of a sample of it.
 
     Args:
-        dataset: The set, in any of TRL's types; `QuestionSet` says what else its columns can hold.
+        dataset: The set, in any type that training reads; `QuestionSet` says what else its columns can hold.
         tokenizer: Of the models that will be asked.
         max_length: Longest sequence in tokens.
         max_examples: Draw so many rows without replacement; of a streaming set, take the first so many. None: all.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,13 +9,14 @@ import torch
 from trl.trainer.sft_config import SFTConfig
 
 from uoe_peft.attribution.scores import Score
-from uoe_peft.training.choices import CHOICES, DEFAULT_BETA, ForgetLoss, ReferenceKind, RetainLoss, SophiaEstimator
+from uoe_peft.training.choices import CHOICES, DEFAULT_BETA, ForgetLoss, ReferenceKind, RetainLoss
+from uoe_peft.training.optim.options import OptimiserOptions
 from uoe_peft.training.strength.options import StrengthOptions
 
 
 @dataclass
-class UnlearningConfig(StrengthOptions, SFTConfig):
-    """Arguments of :class:`UnlearningTrainer`: those of TRL's `SFTConfig`, of `StrengthOptions`, and the following.
+class UnlearningConfig(OptimiserOptions, StrengthOptions, SFTConfig):
+    """Arguments of :class:`UnlearningTrainer`: TRL's `SFTConfig`, `OptimiserOptions`, `StrengthOptions`, and these.
 
     Four defaults differ from TRL's. `learning_rate` is the paper's 1e-4. `gradient_checkpointing` is off: with one
     edited expert nothing is stored for the layers below it anyway. `bf16` is on only where there is an accelerator.
@@ -83,27 +83,6 @@ class UnlearningConfig(StrengthOptions, SFTConfig):
             that the system reads when it needs to. They come back at the end. Needs a prefix cache, and one process.
             Sequences that are not in the cache then cannot run on an accelerator: of evaluation sets, only what
             `eval_strategy` or `eval_on_start` evaluates is there.
-        optim: As in transformers, and "sophia", SOUL's optimiser (https://arxiv.org/abs/2404.18239). Then
-            `learning_rate` bounds what a weight moves in a step: 5e-6 to 1e-5 in the paper, on all weights.
-        sophia_estimator: Where Sophia's curvature comes from. "squared_gradient": the gradient itself, at no cost,
-            SOUL's own. "gauss_newton_bartlett": answers sampled from the model, on the forget and retain batch.
-            "hutchinson": the Hessian of the whole objective along random signs; differentiates twice. Each costs a
-            pass over the first micro-batch of the step.
-        sophia_interval: Steps between two estimates. None: 1 for "squared_gradient", else 10.
-        sophia_beta1: Decay of Sophia's momentum, in [0, 1).
-        sophia_beta2: Decay of its curvature, in [0, 1).
-        sophia_rho: Scale of its curvature, > 0: the larger, the fewer weights move by the full learning rate.
-        weight_mask_ratio: Train only this share of the trainable weights, those that WAGLE finds on the first
-            epoch (https://arxiv.org/abs/2410.17509); the others do not move by a bit, whatever `optim` and
-            `weight_decay`. Not for fresh low-rank deltas, where one factor has no gradient yet. Costs as much as that
-            epoch, and memory for two copies of the trained weights. None: train all.
-        weight_mask_mu: Curvature of the retain loss in WAGLE, > 0.
-        retain_projection: Damp what the deltas of a UOE adapter do to inputs that retain tokens have: the trained
-            matrix is multiplied by `P = (I + C / (rho λ̄))⁻¹`, C the second moments of what the slice is multiplied with
-            on up to 100,000 tokens of the retain set, λ̄ their mean eigenvalue. The value is rho, > 0: 1 damps a
-            direction of mean energy by one half; smaller is stricter. Needs a retain set, whatever `retain_loss`, and
-            a forward pass over both sets up to the edited layer, and a higher learning rate; the adapter stays an
-            ordinary one. More is kept, but relearning restores more (benchmarks/RESULTS.md). None: off.
         metric_for_best_model: As in transformers. With an `eval_dataset` of `{"forget": ..., "retain": ...}` there is
             also "balance", the harmonic mean of `1 - exp(-forget loss)` and `exp(-retain loss)`: with
             `load_best_model_at_end=True` training ends with the checkpoint that best forgets *and* retains.
@@ -171,25 +150,6 @@ class UnlearningConfig(StrengthOptions, SFTConfig):
     offload_prefix: bool = field(
         default=False, metadata={"help": "Take layers below the lowest edited one off the device during training."}
     )
-    # Declared anew: the parent's type makes the command line refuse names that transformers does not know.
-    optim: str = field(default=SFTConfig.default_optim, metadata={"help": 'As in transformers, or "sophia".'})
-    sophia_estimator: SophiaEstimator = field(
-        default="squared_gradient", metadata={"help": "Where the curvature of optim='sophia' comes from."}
-    )
-    sophia_interval: int | None = field(
-        default=None, metadata={"help": "Steps between two estimates; None: 1 for squared_gradient, else 10."}
-    )
-    sophia_beta1: float = field(default=0.9, metadata={"help": "Decay of Sophia's momentum."})
-    sophia_beta2: float = field(default=0.95, metadata={"help": "Decay of Sophia's curvature."})
-    sophia_rho: float = field(default=0.04, metadata={"help": "Scale of Sophia's curvature."})
-    weight_mask_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the trainable weights that WAGLE lets move; None: all."}
-    )
-    weight_mask_mu: float = field(default=1.0, metadata={"help": "Curvature of the retain loss in WAGLE."})
-
-    retain_projection: float | None = field(
-        default=None, metadata={"help": "rho: damp deltas along what retain tokens have in common; None: off."}
-    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -204,7 +164,6 @@ class UnlearningConfig(StrengthOptions, SFTConfig):
         self._check_numbers()
         self._check_offloading()
         self._check_optimiser()
-        self._check_projection()
         self._check_inherited()
         self._check_strength(offload_prefix=self.offload_prefix)
 
@@ -263,32 +222,6 @@ class UnlearningConfig(StrengthOptions, SFTConfig):
                 "offload_prefix=True works in one process on one device, without fsdp and deepspeed, got world_size="
                 f"{self.world_size}, n_gpu={self.n_gpu}; launch one process, or pass offload_prefix=False"
             )
-
-    def _check_optimiser(self) -> None:
-        for name in ("sophia_rho", "weight_mask_mu"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("sophia_beta1", "sophia_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.sophia_interval is not None and self.sophia_interval < 1:
-            raise ValueError(f"sophia_interval must be >= 1, got {self.sophia_interval}")
-        if self.weight_mask_ratio is not None and not 0 < self.weight_mask_ratio <= 1:
-            raise ValueError(f"weight_mask_ratio must be in (0, 1], got {self.weight_mask_ratio}")
-
-    def _check_projection(self) -> None:
-        rho = self.retain_projection
-        if rho is None:
-            return
-        if isinstance(rho, bool) or not 0 < rho < math.inf:
-            raise ValueError(f"retain_projection must be None or a rho > 0, got {rho}")
-        others = {
-            f"weight_mask_ratio={self.weight_mask_ratio}": self.weight_mask_ratio is not None,
-            "sophia_estimator='hutchinson'": self.optim == "sophia" and self.sophia_estimator == "hutchinson",
-        }
-        for option, chosen in others.items():
-            if chosen:
-                raise ValueError(f"retain_projection mixes weights of a slice, which {option} cannot have; drop one")
 
     def _check_inherited(self) -> None:
         if self.packing or self.padding_free or self.eval_packing:

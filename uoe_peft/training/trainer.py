@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,21 +15,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from uoe_peft.data import Batch, PairedDataset, UnlearningCollator
 from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.routing import RoutingTrace, record_routing
-from uoe_peft.moments import Moments
 from uoe_peft.precision import say_if_slow
 from uoe_peft.training.auto import resolve_auto
-from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, OffloadPrefix, StopWhenForgotten
+from uoe_peft.training.callbacks import NewPairsEachEpoch, OffloadPrefix, StopWhenForgotten
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.evaluating import EvaluatingTrainer
 from uoe_peft.training.model_card import PAPER
 from uoe_peft.training.objective.build import build_objective
 from uoe_peft.training.objective.objective import Objective
 from uoe_peft.training.objective.step import Denominators, Step, StepBatches, count
-from uoe_peft.training.optim.curvature import Estimates, estimate_curvature
-from uoe_peft.training.optim.masks import KeepMasked, Masks, weight_attribution_mask
-from uoe_peft.training.optim.projection import RetainProjection, moments_of_edits, sampled_rows
+from uoe_peft.training.optim.optimising import OptimisingTrainer
 from uoe_peft.training.optim.sophia import sophia_and_options
-from uoe_peft.training.processes import masks_from_first_process
 from uoe_peft.training.reuse.prefix_cache import PrefixSource
 from uoe_peft.training.reuse.reuse import Reuse
 from uoe_peft.training.reuse.rows import Row, TrainingRows
@@ -42,7 +37,6 @@ from uoe_peft.training.setup import (
     load_model,
     load_tokenizer,
     pair_sets,
-    prepare_set,
     say_what_is_off,
 )
 from uoe_peft.training.step_log import check_finite, is_logged_step, mean_over_processes, overlap_with_reference
@@ -51,7 +45,7 @@ from uoe_peft.training.strength.validation import split_retain
 from uoe_peft.tuner import UOEConfig
 
 
-class UnlearningTrainer(CalibratingTrainer, SavingTrainer, EvaluatingTrainer):
+class UnlearningTrainer(CalibratingTrainer, OptimisingTrainer, SavingTrainer, EvaluatingTrainer):
     """Trains a model to forget one set and to keep another.
 
     Everything is as in TRL's :class:`~trl.SFTTrainer`, except: `train_dataset` is the forget set; each of its batches
@@ -133,9 +127,6 @@ class UnlearningTrainer(CalibratingTrainer, SavingTrainer, EvaluatingTrainer):
             kwargs.setdefault("optimizer_cls_and_kwargs", sophia_and_options(args))
         self._trace: RoutingTrace | None = None
         self._step = StepBatches()
-        self._keep_masked: KeepMasked | None = None
-        self._projection: RetainProjection | None = None
-        self._retain_dataset = retain_dataset
         super().__init__(
             model=model,
             args=args,
@@ -156,7 +147,7 @@ class UnlearningTrainer(CalibratingTrainer, SavingTrainer, EvaluatingTrainer):
         self.objective = build_objective(self.model, args, device=args.device)
         self.reuse = self._make_reuse()
         self._prepare_calibration(aside)
-        self._add_callbacks()
+        self._add_callbacks(retain_dataset)
         say_what_is_off(args, self.objective.targets)
         with self.accelerator.autocast():
             say_if_slow(self.model)
@@ -185,22 +176,14 @@ class UnlearningTrainer(CalibratingTrainer, SavingTrainer, EvaluatingTrainer):
             context=self.accelerator.autocast,
         )
 
-    def _add_callbacks(self) -> None:
+    def _add_callbacks(self, retain_dataset: Any) -> None:
         self.add_callback(NewPairsEachEpoch(self.train_dataset))
-        if self.args.retain_projection is not None:  # first, before layers leave the device: moments need them
-            if self._retain_dataset is None:
-                raise ValueError("retain_projection needs a retain set; pass retain_dataset, or retain_projection=None")
-            self._projection = RetainProjection(self.model, self._measure, rho=self.args.retain_projection)
-            self.add_callback(self._projection)
+        self._add_projection(retain_dataset)  # first, before layers leave the device: moments need them
         if self.args.offload_prefix:
             self.add_callback(OffloadPrefix(self.reuse.offload))
         if self.args.stop_when_forget_accuracy is not None:
             self.add_callback(StopWhenForgotten(self.args.stop_when_forget_accuracy))
-        if self.args.optim == "sophia" and self.args.sophia_estimator != "squared_gradient":
-            self.add_callback(EstimateCurvature(self._estimate_curvature))
-        if self.args.weight_mask_ratio is not None:
-            self._keep_masked = KeepMasked(self.model, self._attribute_weights)
-            self.add_callback(self._keep_masked)
+        self._add_estimates()
 
     def _set_signature_columns_if_needed(self) -> None:
         # Rows of pairs hold roles, rows of evaluation sets hold columns.
@@ -215,8 +198,7 @@ class UnlearningTrainer(CalibratingTrainer, SavingTrainer, EvaluatingTrainer):
                 return super().train(*args, **kwargs)
             finally:
                 self._trace = None
-                if self._projection is not None:
-                    self._projection.release()
+                self._release_projection()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -261,36 +243,6 @@ class UnlearningTrainer(CalibratingTrainer, SavingTrainer, EvaluatingTrainer):
         targets = self.objective.targets
         layers, device = sorted(targets), self.args.device
         return record_routing(self.model, layer_indices=layers, device=device) if layers else nullcontext()
-
-    def _estimate_curvature(self) -> Estimates:
-        batches = cast(dict[str, Batch], self._prepare_inputs(dict(self._step.first)))
-        with self.accelerator.autocast(), self.reuse.from_prefix():
-            estimates = estimate_curvature(self.objective, batches, self._trace)
-        return {p: self.accelerator.reduce(estimate, reduction="mean") for p, estimate in estimates.items()}
-
-    def _attribute_weights(self) -> Masks:
-        rows, ratio = self.reuse.rows, cast(float, self.args.weight_mask_ratio)
-        with self.accelerator.autocast(), self.reuse.from_prefix():
-            retain = rows.first_epoch("retain") if "retain" in self.train_dataset.sets else None
-            mu = self.args.weight_mask_mu
-            masks = weight_attribution_mask(self.model, rows.first_epoch("forget"), retain, ratio=ratio, mu=mu)
-        return masks_from_first_process(masks)
-
-    def _measure(self, role: str) -> Moments:
-        rows = self.train_dataset.sets.get(role)
-        if rows is None:  # a retain set that no loss reads
-            retain, written = cast(Dataset, self._retain_dataset), self._formatting_func
-            rows = prepare_set(retain, self._processing_class, self.args, name=role, formatting_func=written)
-        batches = self.reuse.rows.batches(role, sampled_rows(rows, seed=self.args.seed))
-        with self.accelerator.autocast():
-            return moments_of_edits(self.model, batches, name=role)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._keep_masked is not None:
-            self._keep_masked.load(Path(resume_from_checkpoint))
-        if self._projection is not None:
-            self._projection.load(Path(resume_from_checkpoint))
 
     # ---- Logging ----
 

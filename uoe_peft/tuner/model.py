@@ -25,6 +25,10 @@ class UOEModel(BaseTuner):
 
     Made by :func:`peft.get_peft_model` from a :class:`UOEConfig`. Method: https://arxiv.org/abs/2411.18797.
 
+    A file is checked before anything of it is loaded, by `PeftModel.from_pretrained` and `PeftModel.load_adapter`. Of
+    transformers' own `model.load_adapter` PEFT hears nothing: a file can overwrite base weights there. Use it for files
+    of your own alone.
+
     Raises:
         UnsupportedModelError: The model has no Mixture-of-Experts block that this package can read, or the weights to
             edit are sharded or offloaded.

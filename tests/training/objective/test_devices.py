@@ -18,14 +18,14 @@ from uoe_peft.training.optim.masks import weight_attribution_mask
 
 ROWS = [
     {
-        "forget": {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, 9], "index": 3, "seed": 1},
-        "retain": {"input_ids": [15, 16, 17], "labels": [-100, 16, 17], "index": 0, "seed": 2},
-        "alternative": {"input_ids": [5, 6, 20], "labels": [-100, -100, 20], "index": 3, "seed": 1},
+        "forget": {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, 9], "id": 30, "seed": 1},
+        "retain": {"input_ids": [15, 16, 17], "labels": [-100, 16, 17], "id": 1, "seed": 2},
+        "alternative": {"input_ids": [5, 6, 20], "labels": [-100, -100, 20], "id": 31, "seed": 1},
     },
     {
-        "forget": {"input_ids": [9, 10, 11], "labels": [-100, -100, 11], "index": 1, "seed": 3},
-        "retain": {"input_ids": [30, 31, 32, 33], "labels": [-100, -100, -100, 33], "index": 4, "seed": 4},
-        "alternative": {"input_ids": [9, 10, 21, 22], "labels": [-100, -100, 21, 22], "index": 1, "seed": 3},
+        "forget": {"input_ids": [9, 10, 11], "labels": [-100, -100, 11], "id": 10, "seed": 3},
+        "retain": {"input_ids": [30, 31, 32, 33], "labels": [-100, -100, -100, 33], "id": 4, "seed": 4},
+        "alternative": {"input_ids": [9, 10, 21, 22], "labels": [-100, -100, 21, 22], "id": 11, "seed": 3},
     },
 ]
 BOTH = [(1, 2), (2, 4)]  # a target on either side of the cut

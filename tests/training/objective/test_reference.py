@@ -9,8 +9,8 @@ from uoe_peft.training.objective.reference import Reference
 from uoe_peft.tuner import UOEConfig
 
 ROWS = [
-    {"forget": {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "index": 3}},
-    {"forget": {"input_ids": [9, 10, 11], "labels": [-100, -100, 11], "index": 1}},
+    {"forget": {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "id": 33}},
+    {"forget": {"input_ids": [9, 10, 11], "labels": [-100, -100, 11], "id": 11}},
 ]
 BATCH = collate_groups(ROWS, pad_token_id=0)["forget"]
 
@@ -29,8 +29,8 @@ def test_the_reference_is_the_model_without_its_adapter(build):
     reference = Reference(model, hidden_layer=2)
     assert not torch.allclose(forward_answers(model, BATCH).logits, expected.logits)
     torch.testing.assert_close(reference.answers(model, BATCH).logits, expected.logits)
-    torch.testing.assert_close(reference.nll(model, "forget", BATCH), expected.nll())
-    assert not reference.nll(model, "forget", BATCH).requires_grad
+    torch.testing.assert_close(reference.nll(model, BATCH), expected.nll())
+    assert not reference.nll(model, BATCH).requires_grad
     assert not torch.allclose(forward_answers(model, BATCH).logits, expected.logits)  # the adapter is back
     assert any(parameter.requires_grad for parameter in model.parameters())
 
@@ -59,26 +59,26 @@ def test_precomputed_values_survive_full_training(build):
     model = build.model()
     reference = Reference(model, hidden_layer=1)
     with pytest.raises(RuntimeError, match="no base model any more"):
-        reference.nll(model, "forget", BATCH)
+        reference.nll(model, BATCH)
     expected = forward_answers(model, BATCH, hidden_layer=1)
     for need in ("nll", "hidden"):
-        reference.precompute("forget", [BATCH], need=need)
+        reference.precompute([BATCH], need=need)
     edit(model)
-    torch.testing.assert_close(reference.nll(model, "forget", BATCH), expected.nll())
-    torch.testing.assert_close(reference.hidden(model, "forget", BATCH), expected.hidden)
+    torch.testing.assert_close(reference.nll(model, BATCH), expected.nll())
+    torch.testing.assert_close(reference.hidden(model, BATCH), expected.hidden)
     with pytest.raises(RuntimeError, match="no base model any more"):
-        reference.nll(model, "alternative", BATCH)
+        reference.nll(model, BATCH | {"id": torch.tensor([33, 12])})
 
 
 def test_precomputed_values_belong_to_an_example_not_to_a_place(build):
     model = build.uoe(build.model())
     reference = Reference(model, hidden_layer=1)
     for need in ("nll", "hidden"):
-        reference.precompute("forget", [BATCH], need=need)
+        reference.precompute([BATCH], need=need)
     swapped = collate_groups(ROWS[::-1], pad_token_id=0)["forget"]
     expected = forward_answers(model, swapped, hidden_layer=1)
-    torch.testing.assert_close(reference.nll(model, "forget", swapped), expected.nll())
-    torch.testing.assert_close(reference.hidden(model, "forget", swapped), expected.hidden)
+    torch.testing.assert_close(reference.nll(model, swapped), expected.nll())
+    torch.testing.assert_close(reference.hidden(model, swapped), expected.hidden)
 
 
 @pytest.fixture
@@ -105,6 +105,17 @@ def test_earlier_adapters_stay_on_in_the_current_reference(two_requests, build):
         assert model.active_adapters == ["default", "second"]
         assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
     assert not any(".default." in name for name in trainable)
+
+
+def test_earlier_adapters_experts_are_not_anchored_and_their_record_stays(two_requests, make_trainer, tmp_path):
+    model, _ = two_requests
+    model.peft_config["default"].provenance = {"forgets": "the first request"}
+    trainer = make_trainer(model, max_steps=1, output_dir=str(tmp_path), forgets="the second")
+    assert trainer.objective.targets == {1: [2], 2: [4]}
+    trainer.train()
+    trainer.save_model()
+    assert model.peft_config["default"].provenance == {"forgets": "the first request"}
+    assert model.peft_config["second"].provenance["forgets"] == "the second"
 
 
 def test_adapters_that_are_all_trained_are_all_off(two_requests, build):

@@ -92,8 +92,10 @@ def test_a_factor_without_gradient_is_refused_rather_than_frozen_for_ever(build,
         weight_attribution_mask(model, [FORGET], None, ratio=0.5)
     with torch.no_grad():
         for parameter in trainable(model).values():
-            parameter.add_(0.1)
-    assert weight_attribution_mask(model, [FORGET], None, ratio=0.5).keys() == trainable(model).keys()
+            # Not one number: a softmax does not see what is added to the scores of all experts alike.
+            parameter.add_(torch.linspace(0.05, 0.15, parameter.numel()).view_as(parameter))
+    masks = weight_attribution_mask(model, [FORGET], None, ratio=0.95)
+    assert any(mask.any() for name, mask in masks.items() if "_A." in name)
 
 
 def test_processes_take_the_first_ones_mask(make_trainer, uoe_model, monkeypatch):

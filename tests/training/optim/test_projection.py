@@ -31,7 +31,7 @@ RATE, WEIGHT_DECAY = 1e-2, 0.1
 def projections(model: PeftModel, retain: Dataset, tokenizer: Any) -> dict[str, Tensor]:
     """P of each trained matrix by the name of its parameter: from tokens that are fed one by one, by eigenvectors."""
     layer = model.get_base_model().model.layers[1].mlp
-    experts, router = layer.experts, layer.gate
+    experts, router = layer.experts.base_layer, layer.gate
     rows: dict[str, list[Tensor]] = {"gate_up_proj": [], "down_proj": [], "router": []}
 
     def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -43,7 +43,7 @@ def projections(model: PeftModel, retain: Dataset, tokenizer: Any) -> dict[str, 
             rows["down_proj"].append(weights[t, k] * nn.functional.silu(gate) * up)
         rows["router"].extend(hidden)
 
-    handle = experts.base_layer.register_forward_pre_hook(watch)
+    handle = experts.register_forward_pre_hook(watch)
     with torch.no_grad():
         for row in retain:
             ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]

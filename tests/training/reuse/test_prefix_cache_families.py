@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.families import build
 from tests.tuner.conftest import randomise
 from uoe_peft.data import Batch, collate
+from uoe_peft.data.encoding import example_id
 from uoe_peft.moe import find_moe_blocks
 from uoe_peft.moe.routing import record_routing
 from uoe_peft.training import UnlearningConfig
@@ -118,7 +119,8 @@ def batch_of(lengths: list[int], *, start: int, side: str = "right") -> Batch:
     """A batch whose rows have answers from their third token on."""
     rows = [[3 + (start + 7 * row + 5 * column) % 90 for column in range(n)] for row, n in enumerate(lengths)]
     examples = [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for ids in rows]
-    return collate(examples, pad_token_id=0, padding_side=side) | {"index": torch.arange(len(lengths))}
+    ids = [example_id(example["input_ids"], example["labels"]) for example in examples]
+    return collate(examples, pad_token_id=0, padding_side=side) | {"id": torch.tensor(ids)}
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float) -> None:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from uoe_peft.training.objective.reference import Reference
 from uoe_peft.training.reuse import reference_store
-from uoe_peft.training.reuse.reference_store import example_digest, keep_reference
+from uoe_peft.training.reuse.reference_store import keep_reference
 from uoe_peft.training.reuse.store import PrefixCacheUnavailable, StateFolder, StateStore, open_store
 from uoe_peft.training.reuse.store_key import reference_weights, weights_key
 from uoe_peft.tuner import UOEConfig, UOELayer
@@ -172,9 +172,9 @@ def test_a_full_disk_leaves_training_as_it_was(make_trainer, asked, tmp_path, mo
 
 
 ROWS = [
-    {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "index": 3},
-    {"input_ids": [9, 10, 11], "labels": [-100, -100, 11], "index": 1},
-    {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "index": 0},
+    {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "id": 33},
+    {"input_ids": [9, 10, 11], "labels": [-100, -100, 11], "id": 11},
+    {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "id": 33},
 ]
 
 
@@ -183,12 +183,12 @@ def keep(model: Any, directory: Path, rows: Any = ROWS, *, need: Any = "hidden")
 
     def batches(rows: Any) -> Any:
         for row in rows:
-            yield {name: torch.tensor([row[name]]) for name in ("input_ids", "labels", "index")} | {
+            yield {name: torch.tensor([row[name]]) for name in ("input_ids", "labels", "id")} | {
                 "attention_mask": torch.ones(1, len(row["input_ids"]), dtype=torch.int64)
             }
 
     folder = StateFolder(directory)
-    keep_reference(reference, "forget", rows, need=need, folder=folder, weights=lambda: "weights", batches=batches)
+    keep_reference(reference, rows, need=need, folder=folder, weights=lambda: "weights", batches=batches)
     return reference
 
 
@@ -200,19 +200,19 @@ def test_hidden_states_are_kept_in_their_dtype_at_answer_tokens_and_once(build, 
     assert path.stat().st_size == (3 + 1) * 32 * dtype.itemsize
     store = open_store(tmp_path, path.stem)
     assert store is not None
-    batch = {"index": torch.tensor([0, 1]), "labels": torch.zeros(2, 4)}
-    expected = torch.cat([store.states(example_digest(row)) for row in (ROWS[0], ROWS[1])])
-    assert torch.equal(reference.hidden(model, "forget", batch), expected)
+    batch = {"id": torch.tensor([33, 11]), "labels": torch.zeros(2, 4)}
+    expected = torch.cat([store.states(name) for name in ("33", "11")])
+    assert torch.equal(reference.hidden(model, batch), expected)
 
 
 def test_likelihoods_come_back_as_they_were_computed(build, tmp_path, asked) -> None:
     model = build.uoe(build.model())
     computed, found = (keep(model, tmp_path, need="nll") for _ in range(2))
     assert asked.take() == (2, 0)
-    batch = {"index": torch.tensor([1, 3]), "labels": torch.zeros(2, 4)}
-    values = found.nll(model, "forget", batch)
+    batch = {"id": torch.tensor([11, 33]), "labels": torch.zeros(2, 4)}
+    values = found.nll(model, batch)
     assert values.shape == (2,) and values.dtype == torch.float32
-    assert torch.equal(values, computed.nll(model, "forget", batch))
+    assert torch.equal(values, computed.nll(model, batch))
 
 
 def test_the_key_is_of_the_base_weights_not_of_adapters(build) -> None:

@@ -22,9 +22,12 @@ Targets = dict[int, list[int]]
 
 
 def find_targets(model: nn.Module) -> Targets:
-    """Target experts of the model's active UOE adapters; empty where there is none."""
+    """Target experts of the UOE adapters that are trained; empty where there is none.
+
+    Adapters that are active but frozen are earlier requests: their experts are no concern of this one's anchor.
+    """
     targets: defaultdict[int, set[int]] = defaultdict(set)
-    for config in active_configs(model):
+    for config in trained_configs(model):
         for layer_idx, expert_idx in config.target_experts:
             targets[layer_idx].add(expert_idx)
     return {layer_idx: sorted(targets[layer_idx]) for layer_idx in sorted(targets)}
@@ -36,6 +39,19 @@ def active_configs(model: nn.Module) -> list[UOEConfig]:
         return []
     configs = [model.peft_config[name] for name in model.active_adapters]
     return [config for config in configs if isinstance(config, UOEConfig)]
+
+
+def trained_configs(model: nn.Module) -> list[UOEConfig]:
+    """Configs of the model's active UOE adapters that have trainable parameters."""
+    if not isinstance(model, PeftModel):
+        return []
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    configs = {name: model.peft_config[name] for name in model.active_adapters}
+    return [
+        config
+        for name, config in configs.items()
+        if isinstance(config, UOEConfig) and any(".uoe_" in path and f".{name}." in path for path in trainable)
+    ]
 
 
 def anchor_term(

@@ -174,7 +174,7 @@ class Objective:
                     outputs.log_probs, beta1=args.satimp_beta1, beta2=args.satimp_beta2, denominator=tokens
                 )
             case "npo":
-                nll, ref_nll = outputs.nll(), self.reference.nll(model, "forget", batch)
+                nll, ref_nll = outputs.nll(), self.reference.nll(model, batch)
                 if args.npo_reduction == "mean":
                     nll, ref_nll = nll / outputs.lengths, ref_nll / outputs.lengths
                 metrics |= reward_metrics(args.forget_beta * (ref_nll - nll))
@@ -183,9 +183,9 @@ class Objective:
                 nll, beta, delta = outputs.nll(), args.forget_beta, args.simnpo_delta
                 return losses.simnpo_loss(nll, outputs.lengths, beta=beta, delta=delta, denominator=examples)
             case "dpo":
-                nll, ref_nll = outputs.nll(), self.reference.nll(model, "forget", batch)
+                nll, ref_nll = outputs.nll(), self.reference.nll(model, batch)
                 other = self._run(model, batches["alternative"], None).nll()
-                ref_other = self.reference.nll(model, "alternative", batches["alternative"])
+                ref_other = self.reference.nll(model, batches["alternative"])
                 metrics |= reward_metrics(args.forget_beta * (ref_nll - nll), args.forget_beta * (ref_other - other))
                 return losses.dpo_loss(nll, ref_nll, other, ref_other, beta=args.forget_beta, denominator=examples)
             case "idk":
@@ -222,7 +222,7 @@ class Objective:
             raise RuntimeError("rmu needs hidden states and a direction; pass hidden_layer to the forward pass")
         coefficient: float | Tensor | None = self.args.rmu_coefficient
         if coefficient is None:
-            ref_hidden = self.reference.hidden(model, "forget", batch)
+            ref_hidden = self.reference.hidden(model, batch)
             coefficient = losses.adaptive_coefficient(ref_hidden, beta=self.args.forget_beta)
         return losses.rmu_loss(outputs.hidden, self.direction, coefficient=coefficient, denominator=tokens)
 
@@ -262,7 +262,7 @@ class Objective:
             case "embed_diff":
                 if outputs.hidden is None:
                     raise RuntimeError("embed_diff needs hidden states; pass hidden_layer to the forward pass")
-                ref_hidden = self.reference.hidden(model, "retain", batch)
+                ref_hidden = self.reference.hidden(model, batch)
                 return losses.embed_diff_loss(outputs.hidden, ref_hidden, denominator=tokens)
             case "none":
                 raise ValueError("retain_loss is 'none': there is no retain loss to compute")

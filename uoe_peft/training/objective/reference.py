@@ -47,7 +47,7 @@ class Reference:
     kind: ReferenceKind = "current"
     last_layer: int | None = None
     logits_at_once: int | None = None
-    _known: dict[tuple[Need, str, int], Tensor] = field(default_factory=dict, repr=False)
+    _known: dict[tuple[Need, int], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def has_adapter(self) -> bool:
@@ -108,38 +108,37 @@ class Reference:
         with self.base_model():
             return forward_answers(forward_model, batch, logits_at_once=self.logits_at_once)
 
-    def nll(self, forward_model: nn.Module, role: str, batch: Batch) -> Tensor:
+    def nll(self, forward_model: nn.Module, batch: Batch) -> Tensor:
         """Negative log-likelihood of each answer, summed over its tokens. Shape `(B,)`.
 
         Raises:
             RuntimeError: The model is trained in full and nothing was precomputed.
         """
-        known = self._look_up("nll", role, batch)
+        known = self._look_up("nll", batch)
         return self.answers(forward_model, batch).nll() if known is None else known
 
-    def hidden(self, forward_model: nn.Module, role: str, batch: Batch) -> Tensor:
+    def hidden(self, forward_model: nn.Module, batch: Batch) -> Tensor:
         """Hidden states from which answer tokens are predicted. Shape `(N, H)`.
 
         Raises:
             RuntimeError: The model is trained in full and nothing was precomputed.
         """
-        known = self._look_up("hidden", role, batch)
+        known = self._look_up("hidden", batch)
         if known is not None:
             return known
         with self.base_model():
             return self._hidden_states(forward_model, batch)
 
-    def precompute(self, role: str, batches: Iterable[Batch], *, need: Need = "nll") -> None:
+    def precompute(self, batches: Iterable[Batch], *, need: Need = "nll") -> None:
         """Compute what batches need now, and keep it in memory; call it before the first step.
 
         Args:
-            role: "forget", "retain" or "alternative".
-            batches: Batches with `index`, on the model's device.
+            batches: Batches with `id`, on the model's device.
             need: Likelihoods or hidden states.
         """
         with self.before_training():
             for batch in batches:
-                self.remember(role, need, dict(zip(batch["index"].tolist(), self.compute(need, batch), strict=True)))
+                self.remember(need, dict(zip(batch["id"].tolist(), self.compute(need, batch), strict=True)))
 
     def compute(self, need: Need, batch: Batch) -> list[Tensor]:
         """What the model says of each example now, on the CPU; call it inside `before_training`.
@@ -153,16 +152,16 @@ class Reference:
         lengths = answer_positions(batch["labels"]).sum(dim=1).tolist()
         return list(self._hidden_states(self.model, batch).cpu().split(lengths))
 
-    def remember(self, role: str, need: Need, values: Mapping[int, Tensor]) -> None:
-        """Take what was computed before of examples, by their index."""
-        self._known.update({(need, role, index): value for index, value in values.items()})
+    def remember(self, need: Need, values: Mapping[int, Tensor]) -> None:
+        """Take what was computed before of examples, by their `id`: whatever their role, it is the same."""
+        self._known.update({(need, example): value for example, value in values.items()})
 
-    def knows(self, need: Need, role: str, indices: Iterable[int]) -> bool:
+    def knows(self, need: Need, ids: Iterable[int]) -> bool:
         """Whether what is needed of these examples was computed before."""
-        return all((need, role, index) in self._known for index in indices)
+        return all((need, example) in self._known for example in ids)
 
-    def _look_up(self, need: Need, role: str, batch: Batch) -> Tensor | None:
-        values = [self._known.get((need, role, index)) for index in batch["index"].tolist()]
+    def _look_up(self, need: Need, batch: Batch) -> Tensor | None:
+        values = [self._known.get((need, example)) for example in batch["id"].tolist()]
         known = [value for value in values if value is not None]
         return torch.cat(known).to(batch["labels"].device) if len(known) == len(values) else None
 

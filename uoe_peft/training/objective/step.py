@@ -70,5 +70,5 @@ class Step:
 
 def count(batch: Batch) -> Tensor:
     """What `Denominators` count: answer tokens, examples, all tokens but padding. int64 of shape `(3,)`."""
-    examples = torch.ones_like(batch["index"]).sum()
+    examples = torch.ones_like(batch["id"]).sum()
     return torch.stack([answer_positions(batch["labels"]).sum(), examples, batch["attention_mask"].sum()])

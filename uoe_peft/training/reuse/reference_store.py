@@ -13,7 +13,7 @@ from torch import Tensor
 from uoe_peft.data import Batch
 from uoe_peft.losses import answer_positions
 from uoe_peft.training.objective.reference import Need, Reference
-from uoe_peft.training.reuse.store import StateFolder, StateStore, open_store, sequence_digest, write_store
+from uoe_peft.training.reuse.store import StateFolder, StateStore, open_store, write_store
 from uoe_peft.training.reuse.store_key import store_key
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ Row = Mapping[str, Any]
 
 def keep_reference(
     reference: Reference,
-    role: str,
     rows: Sequence[Row],
     *,
     need: Need,
@@ -37,8 +36,7 @@ def keep_reference(
 
     Args:
         reference: Takes the values.
-        role: "forget", "retain" or "alternative".
-        rows: Examples with `input_ids`, `labels` and `index`.
+        rows: Examples with `input_ids`, `labels` and `id`; those of one `id` are asked about once.
         need: Likelihoods or hidden states.
         folder: Where they are kept.
         weights: What the reference's answers depend on, see `weights_key`; not asked in a fresh folder.
@@ -47,28 +45,21 @@ def keep_reference(
     Raises:
         PrefixCacheUnavailable: The disk has no room.
     """
-    unique = {example_digest(row): row for row in rows}
+    unique = {row["id"]: row for row in rows}
     layer_idx = reference.hidden_layer if need == "hidden" else None
-    fresh_key = f"{role}-{need}"
-    key = fresh_key if folder.is_fresh else store_key(weights(), need, layer_idx, *sorted(unique))
+    key = store_key("" if folder.is_fresh else weights(), need, layer_idx, *sorted(unique))
 
     def compute() -> StateStore:
-        logger.info("asking the reference about %d examples: %s", len(unique), fresh_key)
+        logger.info("asking the reference about %d examples: %s", len(unique), need)
         with reference.before_training():
             values = chain.from_iterable(reference.compute(need, batch) for batch in batches([*unique.values()]))
             first = next(values)  # it shows of what dtype and size they are
-            states = zip(unique, chain([first], values), strict=True)
+            states = zip(map(str, unique), chain([first], values), strict=True)
             num_tokens = sum(1 if need == "nll" else _num_answer_tokens(row) for row in unique.values())
             return write_store(folder.path, key, states, num_tokens=num_tokens, row=first[0])
 
     store = folder.in_turn(lambda: open_store(folder.path, key) or compute())
-    found = {row["index"]: cast(Tensor, store.states(example_digest(row))) for row in rows}
-    reference.remember(role, need, found)
-
-
-def example_digest(row: Row) -> str:
-    """What an example is found by: its tokens, and which of them are the answer."""
-    return sequence_digest([*row["input_ids"], *row["labels"]])
+    reference.remember(need, {example: cast(Tensor, store.states(str(example))) for example in unique})
 
 
 def _num_answer_tokens(row: Row) -> int:

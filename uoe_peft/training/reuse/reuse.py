@@ -137,10 +137,10 @@ class Reuse:
             self._precompute(objective, None)
 
     def _precompute(self, objective: Objective, folder: StateFolder | None) -> None:
-        reference, indices = objective.reference, self.rows.indices
+        reference = objective.reference
         needs = objective.reference_needs(examples_come_again=self.rows.num_epochs > 1, on_disk=folder is not None)
         if self._reference_is_final:
-            if not all(reference.knows(need, role, indices[role]) for role, need in needs.items()):
+            if not all(reference.knows(need, self.rows.of(role)["id"]) for role, need in needs.items()):
                 raise ValueError(
                     "train() was called before, and now reads rows of which the base model was not asked then: a model "
                     "that is trained in full has none left. Make a new trainer from the base model, with all the "
@@ -149,14 +149,13 @@ class Reuse:
             return
         weights = cache(lambda: self._reference_key(reference))
         for role, need in needs.items():
-            dataset = self.rows.dataset.sets[role]
-            rows = [{**dataset[index], "index": index} for index in indices[role]]
+            rows = [*self.rows.of(role)]
             batches = partial(self.rows.batches, role)
             with self._accelerator.autocast(), self.from_prefix():
                 if folder is None:
-                    reference.precompute(role, batches(rows), need=need)
+                    reference.precompute(batches(rows), need=need)
                 else:
-                    keep_reference(reference, role, rows, need=need, folder=folder, weights=weights, batches=batches)
+                    keep_reference(reference, rows, need=need, folder=folder, weights=weights, batches=batches)
         # Trained in full, the model is its own reference before its first step, and never again.
         self._reference_is_final = not reference.has_adapter
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from datasets import Dataset
+
 from uoe_peft.data import Batch, PairedDataset
 from uoe_peft.data.pairing import retain_index
 from uoe_peft.losses.answers import IGNORE_INDEX
@@ -39,10 +41,9 @@ class TrainingRows:
         batches = math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
         return self.args.max_steps / max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
 
-    @property
-    def indices(self) -> dict[str, Sequence[int]]:
-        """The rows that training will see, see `indices_in_training`."""
-        return indices_in_training(self.dataset, num_epochs=self.num_epochs)
+    def of(self, role: str) -> Dataset:
+        """The rows of a role that training will see, see `indices_in_training`."""
+        return self.dataset.sets[role].select(indices_in_training(self.dataset, num_epochs=self.num_epochs)[role])
 
     @property
     def longest_answer(self) -> int:
