@@ -11,6 +11,9 @@ MUTANTS ?= --minutes 60
 # As many processes as the machine has cores; a file's tests share what is slow to make, so they stay together.
 TEST_PROCESSES ?= auto
 IN_PARALLEL = --numprocesses $(TEST_PROCESSES) --dist loadfile
+# Rooms whose tests neither train for long nor start processes: some two minutes of one core altogether.
+QUICK_TESTS ?= $(addprefix tests/,test_layout.py test_precision.py losses data evaluation/metrics moments attribution \
+	moe testbed training/strength tuner/test_config.py tuner/test_merging.py tuner/test_strength.py tuner/test_refusals.py)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +35,8 @@ export TOKENIZERS_PARALLELISM := false
 
 help:
 	@echo 'make demo     find the expert, unlearn a topic, switch the adapter on and off (2 minutes)'
-	@echo 'make test     run the tests; make test-quantization those that need bitsandbytes and torchao'
+	@echo 'make test     run the tests, one process a core (TEST_PROCESSES=1 for one); make test-quick those of a part of'
+	@echo '              the rooms, for the loop of work; make test-quantization those that need bitsandbytes and torchao'
 	@echo 'make lint     ruff: rules and format'
 	@echo 'make format   let ruff repair what it can'
 	@echo 'make types    mypy'
@@ -60,7 +64,7 @@ test: $(SETUP)
 	$(BIN)/python -m pytest $(IN_PARALLEL) --durations=15
 
 test-quick: $(SETUP)
-	$(BIN)/python -m pytest $(IN_PARALLEL) --durations=5
+	$(BIN)/python -m pytest $(IN_PARALLEL) --durations=5 $(QUICK_TESTS)
 
 test-quantization: $(QUANTIZERS)
 	PYTHONPATH=$(QUANTIZERS) $(BIN)/python -m pytest tests/tuner/test_quantised.py

@@ -224,6 +224,14 @@ def test_strengths_can_be_judged_after_relearning(trainer_of):
     assert isinstance(trainer.model, PeftModel)
 
 
+def test_an_adapter_that_was_merged_meanwhile_is_refused_before_training(trainer_of):
+    trainer = trainer_of()
+    trainer.model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_what_was_trained_survives_a_measure_that_fails(trainer_of, monkeypatch, caplog):
     monkeypatch.setattr("uoe_peft.training.strength.calibration.known", lambda *args: float("nan"))
     trainer = trainer_of(calibrate="retain")

@@ -71,8 +71,14 @@ class Calibration:
         return [ids for rows in self.rows.values() for ids in rows["input_ids"]]
 
     def begin(self) -> None:
-        """Keep what training in full will change, as it is before the first training; of adapters nothing is needed."""
-        if self._base is None and not isinstance(self.model, PeftModel):
+        """Keep what training in full will change, as it is before the first training; refuse adapters that are merged.
+
+        Raises:
+            ValueError: An adapter is merged.
+        """
+        if isinstance(self.model, PeftModel):
+            adapter_scaling(self.model).set(1.0)
+        elif self._base is None:
             self._base = copies(trained_parameters(self.model))
             size = sum(weight.nbytes for weight in self._base.values())
             logger.info("two copies of what is trained are needed to choose its strength: %.1f MB each", size / 1e6)
