@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
-from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset, IterableDataset
@@ -19,17 +17,22 @@ from uoe_peft.data.tokenization import text_tokenizer
 from uoe_peft.evaluation.attacks.result import AttackResult, Score, Scores
 from uoe_peft.evaluation.calibration import Calibration
 from uoe_peft.evaluation.evidence import CostClock, adapter_cost, has_routed_experts, routing_shifts
+from uoe_peft.evaluation.evidence.settings import settings_of
 from uoe_peft.evaluation.likelihood import vocab_size
 from uoe_peft.evaluation.measure import AnyModel, Asked, Asking, Measured, fluency, measure
 from uoe_peft.evaluation.questions import Choices, choices_of, questions_of, sample
 from uoe_peft.evaluation.report import MODELS, AttackRun, ModelName, UnlearningReport
+from uoe_peft.evaluation.report.summary import (
+    answer_scores,
+    example_table,
+    fluency_metrics,
+    model_metrics,
+    scores_by_value,
+)
 from uoe_peft.evaluation.score import SuiteScore
 from uoe_peft.evaluation.suites import QuestionSet, Suite, plain_suite
 from uoe_peft.evaluation.suites.suite import OPTIONS
-from uoe_peft.evaluation.summary import answer_scores, example_table, fluency_metrics, model_metrics, scores_by_value
 from uoe_peft.evaluation.switching import adapter_off, answering, scaled
-
-_VERSIONS = ("uoe-peft", "torch", "transformers", "peft", "datasets")
 
 
 class Attack(Protocol):
@@ -136,7 +139,7 @@ def evaluate_unlearning(
         attacks=tuple(runs),
         calibration=calibration,
         roles={part.name: part.role for part in suite.sets},
-        settings=_settings(model, suite, sets, asking, max_length=max_length, max_examples=max_examples, seed=seed),
+        settings=settings_of(model, suite, sets, asking, max_length=max_length, max_examples=max_examples, seed=seed),
         cost=adapter_cost(model) | clock.read(),
         examples=example_table(results, suite, sets, _prompt_texts(sets, asking.tokenizer)),
     )
@@ -253,38 +256,6 @@ def _prompt_texts(sets: Mapping[str, Asked], tokenizer: PreTrainedTokenizerBase)
         for place, prompt in zip(asked.asked, asked.prompts, strict=True):
             texts[name][place] = str(tokenizer.decode(prompt, skip_special_tokens=True))
     return texts
-
-
-def _settings(
-    model: PeftModel, suite: Suite, sets: Mapping[str, Asked], asking: Asking, **others: Any
-) -> dict[str, Any]:
-    config = model.active_peft_config
-    targets = getattr(config, "target_experts", None)
-    return {
-        "suite": suite.name,
-        "examples": {name: len(asked.columns) for name, asked in sets.items()},
-        "model": _model_name(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "adapter": str(getattr(config.peft_type, "value", config.peft_type)),
-        "target_experts": [list(pair) for pair in targets] if isinstance(targets, (list, tuple)) else None,
-        "batch_size": asking.batch_size,
-        "max_new_tokens": asking.max_new_tokens,
-        **others,
-        "versions": {name: _version(name) for name in _VERSIONS},
-    }
-
-
-def _model_name(model: PeftModel) -> str:
-    """Its name on the Hub, or the end of its folder's path: where a report was made says nothing to its readers."""
-    name = str(getattr(model.config, "_name_or_path", "")) or type(model.get_base_model()).__name__
-    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _check(model: object, retrained_model: nn.Module | None, **counts: int) -> None:
