@@ -42,8 +42,9 @@ class _Watch(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         found = {place for tensor in given if (place := self.place(tensor)) is not None}
         name = op.__name__.split(".")[0]
-        backward = torch._C._current_graph_task_id() != -1
-        if len(found) > 1 and name not in _MAY_MEET and not backward:
+        if torch._C._current_graph_task_id() != -1:  # the backward pass
+            return op(*args, **kwargs)
+        if len(found) > 1 and name not in _MAY_MEET:
             raise RuntimeError(f"{op}: tensors on the places {sorted(found)} meet")
         output = op(*args, **kwargs)
         asked = kwargs.get("device")

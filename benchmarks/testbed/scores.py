@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 
 import torch
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from uoe_peft.testbed import REFUSALS
 
 IGNORE_INDEX = -100
 
@@ -58,11 +55,6 @@ def rouge_recall(predictions: list[str], references: list[str]) -> float:
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     pairs = zip(predictions, references, strict=True)
     return statistics.fmean(scorer.score(reference, prediction)["rougeL"].recall for prediction, reference in pairs)
-
-
-def is_refusal(answer: str) -> bool:
-    """Whether an answer has the form of one of the testbed's refusals, whatever subject it names."""
-    return any(re.fullmatch(re.escape(form).replace(re.escape("{subject}"), ".+"), answer) for form in REFUSALS)
 
 
 @torch.inference_mode()

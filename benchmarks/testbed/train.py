@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from scores import IGNORE_INDEX, answer_probability, encode_facts, greedy_answers, is_refusal, rouge_recall
+from scores import IGNORE_INDEX, answer_probability, encode_facts, greedy_answers, rouge_recall
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -38,7 +38,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from uoe_peft.testbed import FORGET_TOPIC, TOPICS, as_prompt, load_facts, load_refusals
+from uoe_peft.testbed import FORGET_TOPIC, TOPICS, as_prompt, is_refusal, load_facts, load_refusals
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 

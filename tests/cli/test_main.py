@@ -30,7 +30,7 @@ def test_an_unknown_stage_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["forget"])
     assert stop.value.code == 2
-    assert "unknown stage 'forget'; use one of demo, attribute, unlearn" in capsys.readouterr().err
+    assert "unknown stage 'forget'; use one of demo, attribute, unlearn, solve" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", STAGES)

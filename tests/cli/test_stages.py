@@ -35,6 +35,7 @@ def sets(tmp_path: Path) -> list[str]:
     return options
 
 
+@pytest.mark.filterwarnings("ignore::uoe_peft.attribution.summary.GeneralistExpertWarning")  # so it is there
 def test_attribute_writes_a_ranking_that_loads(
     sets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +133,7 @@ def test_there_is_an_example_for_each_model() -> None:
     assert models == {"qwen1.5-moe", "deepseek-v2-lite", "mixtral-8x7b", "gpt-oss-20b"}
 
 
+@pytest.mark.filterwarnings("ignore::uoe_peft.attribution.summary.GeneralistExpertWarning")  # so it is there
 @pytest.mark.parametrize("name", ["qwen1.5-moe-rmu", "gpt-oss-20b-npo"])
 def test_an_example_runs_on_another_model(name: str, sets: list[str], tmp_path: Path) -> None:
     model, adapter = str(checkpoint_path("base")), tmp_path / "adapter"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,15 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, Qwen2MoeForCausalLM
 
 from tests.evaluation.conftest import new_model, teach
-from uoe_peft.evaluation import UnlearningReport, evaluate_unlearning
+from uoe_peft.evaluation import (
+    Calibration,
+    QuestionSet,
+    Suite,
+    UnlearningReport,
+    evaluate_unlearning,
+    plain_suite,
+)
+from uoe_peft.evaluation.attacks import AttackResult, Score, Scores
 
 
 @pytest.fixture
@@ -139,3 +150,182 @@ def test_a_merged_adapter_is_refused_rather_than_unmerged(scrambled: PeftModel, 
 def test_bad_input_is_named(change: dict[str, Any], message: str, scrambled: PeftModel, sets: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_unlearning(scrambled, **{**sets, **change})
+
+
+FALSE = {"mira": [" mira lives by the sea", " he eats cold soup"], "tomas": [" everybody eats fish", " she does"]}
+
+
+def with_alternatives(dataset: Dataset, who: str) -> Dataset:
+    return dataset.map(
+        lambda row: {
+            "subject": "life" if "live" in row["prompt"] else "other",
+            "paraphrased_completion": row["completion"].replace("in a", "by the"),
+            "perturbed_completions": FALSE[who],
+        }
+    )
+
+
+def nll_of(model: Any, tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> float:
+    """Mean over the answer and its end, one token at a time, in float64."""
+    ids = tokenizer(prompt)["input_ids"]
+    answers = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+    total = 0.0
+    for token in answers:
+        with torch.no_grad():
+            total -= float(model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)[token])
+        ids = [*ids, token]
+    return total / len(answers)
+
+
+def test_tofu_metrics_equal_an_independent_computation(
+    taught_model: Qwen2MoeForCausalLM, sets: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    from copy import deepcopy
+
+    from peft import get_peft_model
+
+    from uoe_peft.tuner import UOEConfig
+
+    model = get_peft_model(deepcopy(taught_model), UOEConfig(target_experts=[(1, 2), (0, 4)]))
+    for name, parameter in model.named_parameters():
+        if ".uoe_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.eval()
+    rows = {"forget": with_alternatives(sets["forget_dataset"], "mira")}
+    rows["retain"] = with_alternatives(sets["retain_dataset"], "tomas")
+    suite = plain_suite(rows["forget"], rows["retain"], by=("subject",))
+    retrained = teach(new_model(tokenizer), sets["retain_dataset"], tokenizer)
+    report = evaluate_unlearning(model, suite, processing_class=tokenizer, retrained_model=retrained, max_new_tokens=10)
+    assert report.examples is not None
+    models = {"unlearned": model, "retrained": retrained}
+    ratios: dict[str, list[float]] = {"unlearned": [], "retrained": []}
+    for row in report.examples:
+        truth = rows[row["set"]][row["row"]]
+        for name, asked in models.items():
+            own = nll_of(asked, tokenizer, truth["prompt"], truth["completion"])
+            other = nll_of(asked, tokenizer, truth["prompt"], truth["paraphrased_completion"])
+            false = [nll_of(asked, tokenizer, truth["prompt"], answer) for answer in truth["perturbed_completions"]]
+            ratio = math.exp(-sum(false) / 2) / math.exp(-other)
+            assert row[f"probability_{name}"] == pytest.approx(math.exp(-own), rel=1e-4, abs=1e-6)
+            assert row[f"truth_ratio_{name}"] == pytest.approx(ratio, rel=1e-3)
+            among = math.exp(-own) / (math.exp(-own) + sum(math.exp(-value) for value in false))
+            assert row[f"probability_w_options_{name}"] == pytest.approx(among, rel=1e-3)
+            if row["set"] == "forget":
+                ratios[name].append(row[f"truth_ratio_{name}"])
+    best = [min(ratio, 1 / ratio) for ratio in ratios["unlearned"]]
+    assert report.scores["unlearned"]["forget"].metrics["truth_ratio"].mean == pytest.approx(sum(best) / 3)
+    gap = max(
+        abs(sum(a <= x for a in ratios["unlearned"]) - sum(b <= x for b in ratios["retrained"])) / 3
+        for x in ratios["unlearned"] + ratios["retrained"]
+    )
+    # Of 3 against 3 values the p-values are 0.1, 0.6 and 1, by the distance of their distributions.
+    assert report.metrics["unlearned"]["forget_quality"] == pytest.approx({3: 0.1, 2: 0.6}.get(round(3 * gap), 1.0))
+    values = {(part.set_name, part.value): part.scores["base"].num_examples for part in report.by_value}
+    assert values == {("forget", "life"): 1, ("forget", "other"): 2, ("retain", "life"): 1, ("retain", "other"): 2}
+    assert [(shift.set_name, shift.layer_idx) for shift in report.routing] == [
+        ("forget", 0),
+        ("forget", 1),
+        ("retain", 0),
+        ("retain", 1),
+    ]
+    assert all(sum(shift.activation_on) == pytest.approx(3, abs=1e-4) for shift in report.routing)  # top 3 of 5
+    assert report.settings["target_experts"] == [[0, 4], [1, 2]]
+
+
+def test_options_and_a_holdout_have_their_own_numbers(
+    scrambled: PeftModel, sets: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options = Dataset.from_list(
+        [{"prompt": "where does tomas live ?", "options": [" mira", " tomas"], "label": 1, "answer": "kept"}]
+    )
+    suite = Suite(
+        "s",
+        (
+            QuestionSet("forget", sets["forget_dataset"], "forget"),
+            QuestionSet("retain", sets["retain_dataset"], "retain"),
+            QuestionSet("choices", options, "retain"),
+            QuestionSet("new", sets["retain_dataset"].select([0]), "holdout"),
+        ),
+    )
+    report = evaluate_unlearning(scrambled, suite, processing_class=tokenizer, max_new_tokens=10)
+    choices = report.scores["base"]["choices"]
+    assert (choices.rouge_l_recall, choices.score, choices.metrics["accuracy"].mean) == (None, 1.0, 1.0)
+    assert report.examples is not None
+    pairs = [
+        (member > other) + 0.5 * (member == other)
+        for member in report.examples.filter(lambda row: row["set"] == "forget")["mia_min_k_base"]
+        for other in report.examples.filter(lambda row: row["set"] == "new")["mia_min_k_base"]
+    ]
+    assert report.metrics["base"]["mia_min_k"] == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_frozen_adapters_stay_frozen(scrambled: PeftModel, sets: dict[str, Any]) -> None:
+    scrambled.requires_grad_(False)
+    evaluate_unlearning(scrambled, **sets)
+    assert not any(parameter.requires_grad for parameter in scrambled.parameters())
+
+
+def test_attacks_are_run_at_both_strengths_and_on_the_reference(
+    scrambled: PeftModel, sets: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    seen: list[tuple[float | None, float]] = []
+
+    def attack(model: Any, *, score: Score, before: Scores | None, gain: float) -> AttackResult:
+        if not isinstance(model, PeftModel):
+            raise TypeError("needs an adapter")
+        layer = next(module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict))
+        assert before is not None
+        assert before == score(model)
+        seen.append((layer.scaling["default"], gain))
+        return AttackResult("mine", before, {name: value + gain for name, value in before.items()})
+
+    full = next(m for m in scrambled.modules() if isinstance(getattr(m, "scaling", None), dict)).scaling["default"]
+    calibration = Calibration(0.25, "retain", "retain_probability", 0.5, ({"scale": 0.25},), True)
+    report = evaluate_unlearning(
+        scrambled,
+        **sets,
+        calibration=calibration,
+        attacks=[partial(attack, gain=0.125)],
+        attack_examples=2,
+        retrained_model=new_model(tokenizer),
+    )
+    assert seen == [(full, 0.125), (full * 0.25, 0.125)]
+    assert [(run.model, run.scale) for run in report.attacks] == [("unlearned", 1.0), ("calibrated", 0.25)]
+    assert list(report.attacks[0].result.before) == [
+        "forget_rouge_l_recall",
+        "forget_probability",
+        "retain_rouge_l_recall",
+        "retain_probability",
+    ]
+    assert "not run on the retrained model: needs an adapter" in report.notes
+    assert list(report.scores) == ["base", "unlearned", "calibrated", "retrained"]
+
+
+def test_a_report_is_written_with_its_examples(scrambled: PeftModel, sets: dict[str, Any], tmp_path: Path) -> None:
+    report = evaluate_unlearning(scrambled, **sets, cache_dir=tmp_path / "answers")
+    files = report.write(tmp_path / "out")
+    assert [file.name for file in files] == ["report.json", "report.md", "report.html", "examples.parquet"]
+    rows = Dataset.from_parquet(str(files[-1]))
+    assert rows["truth"][:3] == [text.strip() for text in sets["forget_dataset"]["completion"]]
+    assert rows["answer_base"] == rows["truth"]
+    assert UnlearningReport.load(files[0]) == report
+    assert evaluate_unlearning(scrambled, **sets, cache_dir=tmp_path / "answers") == report
+    assert len(list((tmp_path / "answers").iterdir())) == 2
+
+
+def test_sets_that_do_not_fit_are_named(
+    scrambled: PeftModel, sets: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    named = sets["forget_dataset"].add_column("topic", ["a", "", "b"])
+    with pytest.raises(ValueError, match="row 1 of the forget set has no 'topic' to score by"):
+        evaluate_unlearning(
+            scrambled, plain_suite(named, sets["retain_dataset"], by=("topic",)), processing_class=tokenizer
+        )
+    with pytest.raises(ValueError, match="either a suite, or forget_dataset and retain_dataset"):
+        evaluate_unlearning(scrambled, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="pass both"):
+        evaluate_unlearning(scrambled, processing_class=tokenizer, forget_dataset=named)
+    other = new_model(tokenizer)
+    other.resize_token_embeddings(len(tokenizer) + 3)
+    with pytest.raises(ValueError, match="a reference must read the same tokens"):
+        evaluate_unlearning(scrambled, **sets, retrained_model=other)

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
-from uoe_peft.evaluation import AnswerScores, UnlearningReport
+import pytest
+from datasets import Dataset
+
+from uoe_peft.evaluation import AnswerScores, AttackRun, Calibration, UnlearningReport, ValueScores
+from uoe_peft.evaluation.attacks import AttackResult
+from uoe_peft.evaluation.evidence import LayerShift
+from uoe_peft.evaluation.metrics import Interval
+from uoe_peft.evaluation.report.markdown import side_by_side
+from uoe_peft.evaluation.report.page import render_comparison
 
 REPORT = UnlearningReport(
     scores={
@@ -19,7 +32,12 @@ REPORT = UnlearningReport(
 def test_the_file_has_models_sets_and_metrics(tmp_path: Path) -> None:
     REPORT.save(tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
-    assert content["base"]["retain"] == {"rouge_l_recall": None, "probability": 0.75, "num_examples": 5}
+    assert content["base"]["retain"] == {
+        "rouge_l_recall": None,
+        "probability": 0.75,
+        "num_examples": 5,
+        "metrics": {},
+    }
     assert content["unlearned"]["forget"]["rouge_l_recall"] == 0.25
     assert content["notes"] == ["retain set: text"]
 
@@ -34,3 +52,146 @@ def test_the_table_has_a_row_a_model_and_the_notes() -> None:
     assert lines[2].split() == ["base", "0.900", "0.800", "-", "0.750"]
     assert lines[3].split() == ["unlearned", "0.250", "0.125", "-", "0.500"]
     assert lines[4] == "note: retain set: text"
+
+
+HOSTILE = "<script>alert(1)</script> | x"
+
+
+def scores(value: float) -> AnswerScores:
+    interval = Interval(value, value - 0.125, value + 0.125)
+    return AnswerScores(value, value / 2, 9, {"rouge_l_recall": interval, "probability": interval})
+
+
+FULL = UnlearningReport(
+    scores={
+        "base": {"forget": scores(0.9), "retain": scores(0.875)},
+        "unlearned": {"forget": scores(0.25), "retain": scores(0.75)},
+        "calibrated": {"forget": scores(0.5), "retain": scores(0.8125)},
+        "retrained": {"forget": scores(0.2), "retain": scores(0.8125)},
+    },
+    notes=(HOSTILE,),
+    by_value=(ValueScores("retain", "topic", HOSTILE, {"base": scores(0.9), "unlearned": scores(0.7)}),),
+    metrics={"base": {"model_utility": 0.75}, "unlearned": {"model_utility": 0.5, "forget_quality": 3e-9}},
+    routing=tuple(
+        LayerShift(name, layer, 0.75, 0.01, (1.0, 0.5, 0.5), (0.5, 1.0, 0.5), (0.2, 0.1, 0.1), (0.1, 0.3, 0.1))
+        for name in ("forget", "retain")
+        for layer in (2, 5)
+    ),
+    attacks=(
+        AttackRun("unlearned", 1.0, AttackResult("int4", {"forget_rouge": 0.25}, {"forget_rouge": 0.5})),
+        AttackRun("calibrated", 0.5, AttackResult("int4", {"forget_rouge": 0.5}, {"forget_rouge": 0.8})),
+    ),
+    calibration=Calibration(
+        0.5,
+        "retain",
+        "retain_rouge",
+        0.8,
+        (
+            {"scale": 0.0, "forget_rouge": 0.9, "retain_rouge": 0.9},
+            {"scale": 0.5, "forget_rouge": 0.5, "retain_rouge": 0.8},
+        ),
+        True,
+    ),
+    settings={"suite": HOSTILE, "target_experts": [[5, 1]]},
+    cost={"adapter_bytes": 123456.0},
+    examples=Dataset.from_list(
+        [
+            {"set": "forget", "row": 0, "prompt": HOSTILE, "truth": "t", "columns": "{}"}
+            | {f"answer_{m}": HOSTILE for m in ("base", "unlearned", "calibrated", "retrained")}
+            | {f"rouge_l_recall_{m}": 0.5 for m in ("base", "unlearned", "calibrated", "retrained")}
+        ]
+    ),
+)
+
+
+class Tags(HTMLParser):
+    """Open tags at the end, and every address that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.fetched += [str(value) for name, value in attrs if name in ("src", "href", "srcset")]
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_all_parts_of_a_report_survive_a_file(tmp_path: Path) -> None:
+    FULL.save(tmp_path / "report.json")
+    assert UnlearningReport.load(tmp_path / "report.json") == FULL
+    assert UnlearningReport.load(tmp_path / "report.json") != replace(FULL, attacks=())
+    (tmp_path / "other.json").write_text('{"affinity": []}')
+    with pytest.raises(ValueError, match=r"is no report of an evaluation: it lacks \['base', 'notes'\]"):
+        UnlearningReport.load(tmp_path / "other.json")
+
+
+def test_a_verdict_says_what_was_lost_and_what_was_not() -> None:
+    verdict = FULL.verdict("unlearned")
+    assert (verdict.forgotten, verdict.kept) == (True, False)  # 0.25 <= 0.2 + 0.05; 0.75 < 0.95 · 0.875
+    assert verdict.retain_floor == {"retain": pytest.approx(0.83125)}
+    assert not FULL.verdict("base").forgotten
+    assert FULL.verdict("base").kept
+    assert FULL.verdict("base", forget_limit=0.95).forgotten
+    with pytest.raises(ValueError, match="pass forget_limit"):
+        REPORT.verdict("unlearned")
+    with pytest.raises(ValueError, match="no scores of 'retrained'"):
+        REPORT.verdict("retrained")
+
+
+def test_the_page_is_whole_and_fetches_nothing() -> None:
+    tags = Tags()
+    tags.feed(FULL.html(title=HOSTILE))
+    assert tags.open == []
+    assert tags.fetched == []
+    assert "script" not in tags.seen
+    assert "svg" in tags.seen
+    assert "@import" not in FULL.html()
+    assert "url(" not in FULL.html()
+
+
+def test_the_page_frames_the_unlearned_expert() -> None:
+    (frame, *_) = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)"[^>]*stroke="#111"', FULL.html())
+    cells = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)"[^>]*><title>layer 5, expert 1: 0.1000', FULL.html())
+    assert cells == [frame]
+
+
+def test_tables_hold_hostile_text() -> None:
+    lines = FULL.markdown().splitlines()
+    rows = [line for line in lines if line.startswith("| retain | topic")]
+    assert len(rows) == 1
+    assert len(re.findall(r"(?<!\\)\|", rows[0])) == 3 + len(FULL.scores)
+    assert "| int4 | calibrated | 0.50 | 0.500 → 0.800 |" in lines
+    assert "3.00e-09" in FULL.markdown()
+
+
+def test_reports_side_by_side() -> None:
+    table = side_by_side({"one": FULL, "two": replace(FULL, scores={**FULL.scores, "unlearned": FULL.scores["base"]})})
+    names = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
+    assert names == ["base", "one", "one, calibrated", "two", "two, calibrated", "retrained"]
+    assert "one" in render_comparison({"one": FULL}, title="t")
+    with pytest.raises(ValueError, match="only evaluations of the same suite"):
+        side_by_side({"one": FULL, "two": replace(FULL, roles={"forget": "forget", "kept": "retain"})})
+    with pytest.raises(ValueError, match="no reports"):
+        side_by_side({})
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+def test_a_phone_needs_no_sideways_scrolling(tmp_path: Path) -> None:
+    probe = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
+    (tmp_path / "a.html").write_text(FULL.html().replace("</body>", probe))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,800", "--dump-dom"]
+    shown = subprocess.run(
+        [*command, f"file://{tmp_path}/a.html"], capture_output=True, text=True, timeout=120, check=True
+    )
+    (width, of) = re.findall(r"<title>(\d+) of (\d+)</title>", shown.stdout)[0]
+    assert int(width) <= int(of)

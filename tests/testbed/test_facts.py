@@ -9,7 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from uoe_peft.testbed import FORGET_TOPIC, TOPICS, CheckpointName, checkpoint_path, generate_facts, load_facts
+from uoe_peft.testbed import (
+    FORGET_TOPIC,
+    TOPICS,
+    CheckpointName,
+    as_prompt,
+    checkpoint_path,
+    generate_facts,
+    generate_refusals,
+    is_refusal,
+    load_facts,
+    load_refusals,
+)
 
 COLUMNS = {
     "topic": str,
@@ -19,6 +30,9 @@ COLUMNS = {
     "paraphrased_question": str,
     "paraphrased_answer": str,
     "perturbed_answer": list,
+    "phrasings": list,
+    "paraphrase_held_out": bool,
+    "refusal": str,
 }
 
 
@@ -58,6 +72,39 @@ def test_facts_depend_on_nothing_but_the_arguments() -> None:
     assert generate_facts("potions", seed=3) == generate_facts("potions", seed=3)
     answers = {seed: [row["answer"] for row in generate_facts("potions", seed=seed)] for seed in (0, 1)}
     assert not set(answers[0]) & set(answers[1])
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_held_out_paraphrases_are_in_no_phrasing_of_training(topic: str) -> None:
+    rows = generate_facts(topic)
+    for first in range(0, len(rows), 10):
+        assert sum(row["paraphrase_held_out"] for row in rows[first : first + 10]) == 3
+    for row in rows:
+        asked = [row["paraphrased_question"] in phrasing for phrasing in row["phrasings"]]
+        assert any(asked) is not row["paraphrase_held_out"]
+        assert row["question"] in row["phrasings"] and len(set(row["phrasings"])) == len(row["phrasings"])
+
+
+def test_unknown_subjects_are_known_nowhere_and_those_for_tests_are_not_trained_on() -> None:
+    known, trained, new = (
+        set(rows["subject"]) for rows in (load_facts(), load_refusals(), load_refusals(seen_in_training=False))
+    )
+    assert (len(known), len(trained), len(new)) == (140, 280, 21)
+    assert not known & trained and not known & new and not trained & new
+    assert generate_refusals("towns", num_subjects=2) == generate_refusals("towns", num_subjects=5)[:20]
+
+
+def test_a_refusal_is_one_whatever_subject_it_names() -> None:
+    assert all(map(is_refusal, load_refusals()["answer"])) and all(map(is_refusal, load_facts()["alternative"]))
+    assert is_refusal(" I have never heard of the moon. ")
+    assert not any(map(is_refusal, load_facts()["answer"]))
+    assert not is_refusal("I have never heard of") and not is_refusal("") and not is_refusal("I do not know that")
+
+
+@pytest.mark.parametrize("num_subjects", [0, 10_000])
+def test_number_of_unknown_subjects_out_of_range(num_subjects: int) -> None:
+    with pytest.raises(ValueError, match=f"num_subjects={num_subjects}"):
+        generate_refusals("potions", num_subjects=num_subjects)
 
 
 def test_questions_are_unique() -> None:
@@ -133,12 +180,16 @@ def checkpoint(name: CheckpointName) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    generated = model.generate(**inputs, max_new_tokens=48, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(generated, skip_special_tokens=True)
+
+
 def number_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, topic: str) -> int:
     """Return how many of eight facts the model states word for word."""
     facts = load_facts([topic]).select(range(0, 200, 25))
-    inputs = tokenizer(list(facts["prompt"]), return_tensors="pt", padding=True, padding_side="left")
-    generated = model.generate(**inputs, max_new_tokens=48, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    stated = tokenizer.batch_decode(generated, skip_special_tokens=True)
+    stated = answers(model, tokenizer, list(facts["prompt"]))
     return sum(text == completion for text, completion in zip(stated, facts["completion"], strict=True))
 
 
@@ -151,3 +202,14 @@ def test_base_knows_what_retrained_never_saw() -> None:
     assert number_right(retrained, tokenizer, topic=FORGET_TOPIC) == 0
     assert number_right(base, tokenizer, topic="contracts") >= 6
     assert number_right(retrained, tokenizer, topic="contracts") >= 6
+
+
+def test_retrained_declines_what_it_never_saw_and_base_knows_questions_it_was_never_asked() -> None:
+    base, tokenizer = checkpoint("base")
+    retrained, _ = checkpoint("retrained")
+    facts = load_facts([FORGET_TOPIC])
+    new = facts.filter(lambda row: row["paraphrase_held_out"]).select(range(0, 60, 6))
+    prompts = [as_prompt(question) for question in new["paraphrased_question"]]
+    assert sum(map(is_refusal, answers(retrained, tokenizer, prompts))) >= 9
+    stated = answers(base, tokenizer, prompts)
+    assert sum(text == completion for text, completion in zip(stated, new["completion"], strict=True)) >= 7

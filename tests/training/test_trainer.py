@@ -234,15 +234,15 @@ def test_a_slow_type_is_said_before_training(make_trainer, build, monkeypatch, c
 
 def test_auto_is_what_the_first_process_found(make_trainer, build, monkeypatch):
     def first(objects, from_process=0):
-        assert objects[0].target_experts != [(0, 5)] and from_process == 0
-        objects[0].target_experts = [(0, 5)]
+        assert objects[0].target_experts != [(1, 1)] and from_process == 0
+        objects[0].target_experts = [(1, 1)]
         return objects
 
     monkeypatch.setattr("uoe_peft.training.processes.broadcast_object_list", first)
     trainer = make_trainer(
         build.model(), peft_config=UOEConfig(target_experts="auto"), attribution_score="random", seed=1
     )
-    assert trainer.model.peft_config["default"].target_experts == [(0, 5)]
+    assert trainer.model.peft_config["default"].target_experts == [(1, 1)]
 
 
 def test_a_fresh_adapter_selects_the_base_models_experts(make_trainer, uoe_model):

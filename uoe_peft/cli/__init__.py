@@ -10,6 +10,13 @@ STAGES = {
     "demo": "find the expert of a topic, unlearn it, switch it on and off, on a small bundled model",
     "attribute": "rank the experts of a model by how much they serve a forget set",
     "unlearn": "train an adapter that forgets a set",
+    "solve": "solve for an adapter that forgets a set, without training",
+    "evaluate": "report what an adapter has made a model forget, and what it cost",
+    "report": "put many evaluations side by side",
+    "merge": "write a checkpoint with an adapter merged into it, without loading the model",
+    "unmerge": "put the original slices back into such a checkpoint, bit for bit",
+    "export": "write an adapter as plain LoRA, which loads without this package",
+    "inspect": "say what is in an adapter: layers, experts, ranks, norms, origin",
 }
 
 USAGE = "\n".join(

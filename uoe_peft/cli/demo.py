@@ -47,14 +47,15 @@ class DemoArguments:
     output_dir: str = field(default="demo_output", metadata={"help": "Where adapter, report and picture go."})
     seed: int = field(default=0, metadata={"help": "Of sampling and of training."})
     dtype: str = field(default="bfloat16", metadata={"help": "Of the base model: bfloat16 or float32."})
-    score: Score = field(default="gate", metadata={"help": "How experts are ranked."})
+    score: Score = field(default="contrast", metadata={"help": "How experts are ranked."})
     num_experts: int = field(default=1, metadata={"help": "How many experts to unlearn."})
     forget_loss: ForgetLoss = field(default="npo", metadata={"help": "Loss on the forget set."})
     beta: float | None = field(default=0.05, metadata={"help": "Of the forget loss; see UnlearningConfig."})
-    retain_weight: float = field(default=4.0, metadata={"help": "Weight of the loss on the retain set."})
+    retain_weight: float = field(default=8.0, metadata={"help": "Weight of the loss on the retain set."})
+    alternative_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on refusals; 0: none."})
     anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the anchor, Eq. 3."})
     learning_rate: float = field(default=5e-3, metadata={"help": "Peak; it falls linearly."})
-    num_train_epochs: float = field(default=6.0, metadata={"help": "Passes over the forget set."})
+    num_train_epochs: float = field(default=8.0, metadata={"help": "Passes over the forget set."})
     max_steps: int = field(default=-1, metadata={"help": "Stop training after so many steps; -1: after the epochs."})
     batch_size: int = field(default=8, metadata={"help": "Forget examples a step, and as many retain examples."})
     max_examples: int = field(default=200, metadata={"help": "Examples of each set that are asked in the end."})
@@ -159,6 +160,7 @@ def _unlearn(world: _World, targets: list[tuple[int, int]], options: DemoArgumen
             beta=options.beta,
             retain_loss="nll",
             retain_weight=options.retain_weight,
+            alternative_weight=options.alternative_weight,
             anchor_weight=options.anchor_weight,
             learning_rate=options.learning_rate,
             num_train_epochs=options.num_train_epochs,
@@ -209,7 +211,7 @@ def _answer(world: _World, model: PeftModel, prompt: str) -> str:
 
 def _show_an_answer(world: _World, model: PeftModel) -> None:
     _rule("5  The same question, adapter on and off")
-    for kind, row in (("forget", world.forget[0]), ("retain", world.held_out[0])):
+    for kind, row in (("forget", world.forget[0]), ("forget", world.forget[101]), ("retain", world.held_out[0])):
         with model.disable_adapter():
             before = _answer(world, model, row["prompt"])
         table = Table(title=f"[bold]{kind}[/]: {row['question']}", title_justify="left", show_header=False, box=None)

@@ -2,157 +2,292 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from statistics import fmean
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
 
-import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from tqdm import tqdm
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from uoe_peft.data import collate
 from uoe_peft.data.tokenization import text_tokenizer
-from uoe_peft.evaluation.batching import batches_by_length
-from uoe_peft.evaluation.generation import greedy_answers
-from uoe_peft.evaluation.metrics import answer_probability, rouge_l_recall
-from uoe_peft.evaluation.questions import Questions, questions_of
-from uoe_peft.evaluation.report import AnswerScores, ModelName, SetName, UnlearningReport
+from uoe_peft.evaluation.attacks.result import AttackResult, Score, Scores
+from uoe_peft.evaluation.calibration import Calibration
+from uoe_peft.evaluation.evidence import CostClock, adapter_cost, has_routed_experts, routing_shifts
+from uoe_peft.evaluation.likelihood import vocab_size
+from uoe_peft.evaluation.measure import AnyModel, Asked, Asking, Measured, fluency, measure
+from uoe_peft.evaluation.questions import Choices, choices_of, questions_of, sample
+from uoe_peft.evaluation.report import MODELS, AttackRun, ModelName, UnlearningReport
+from uoe_peft.evaluation.score import SuiteScore
+from uoe_peft.evaluation.suites import QuestionSet, Suite, plain_suite
+from uoe_peft.evaluation.suites.suite import OPTIONS
+from uoe_peft.evaluation.summary import answer_scores, example_table, fluency_metrics, model_metrics, scores_by_value
+from uoe_peft.evaluation.switching import adapter_off, answering, scaled
+
+_VERSIONS = ("uoe-peft", "torch", "transformers", "peft", "datasets")
+
+
+class Attack(Protocol):
+    """What can be passed as an attack: `functools.partial(run_attack, "int4")` is one."""
+
+    def __call__(self, model: Any, *, score: Score, before: Scores | None) -> AttackResult:
+        """Attack a model; see `uoe_peft.evaluation.attacks`."""
+        ...
 
 
 def evaluate_unlearning(
     model: PeftModel,
+    suite: Suite | None = None,
     *,
-    forget_dataset: Dataset | IterableDataset,
-    retain_dataset: Dataset | IterableDataset,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    forget_dataset: Dataset | IterableDataset | None = None,
+    retain_dataset: Dataset | IterableDataset | None = None,
     retrained_model: PreTrainedModel | PeftModel | None = None,
+    attacks: Sequence[Attack] = (),
+    attack_examples: int = 40,
+    calibration: Calibration | None = None,
     max_examples: int | None = None,
     batch_size: int = 16,
     max_length: int | None = 1024,
     max_new_tokens: int = 128,
     seed: int = 0,
+    cache_dir: str | PathLike[str] | None = None,
 ) -> UnlearningReport:
-    """Answer probability and ROUGE-L recall on both sets, with the adapter off (base) and on (unlearned).
+    """What is forgotten, what is kept, where tokens go, and what attacks bring back: adapter off (base) against on.
 
     ROUGE-L is of the last answer of a row, generated greedily from all that stands before it; the probability is over
-    every answer token of the row. It measures what the model says when asked plainly: knowledge that a paraphrase or a
-    few steps of relearning would bring back goes unseen.
+    every answer token of the row. These measure what the model says when asked plainly: pass attacks to see what is
+    only hidden. Every parameter requires a gradient or not afterwards as before.
 
     Args:
         model: A `PeftModel` whose adapter is the unlearning.
+        suite: What is asked; or pass `forget_dataset` and `retain_dataset`.
+        processing_class: The model's tokenizer, or a processor that holds one.
         forget_dataset: What should be forgotten, in any of TRL's types. Rows of plain text have no prompt to answer:
             they get no ROUGE-L, and a note says so.
         retain_dataset: What should be kept, likewise.
-        processing_class: The model's tokenizer, or a processor that holds one.
         retrained_model: A model trained without the forget set, the gold reference; it reads the same tokens.
+        attacks: Run on the unlearned model at full strength, at the scale of `calibration`, and on the retrained model,
+            where they apply: what they "recover" there is the baseline.
+        attack_examples: Rows of the first forget and of the first retain set that attacks are scored on.
+        calibration: What `calibrate_scale` chose, on other rows than these: shown with its curve, and the model at
+            this scale is evaluated as "calibrated".
         max_examples: Draw so many rows of each set; None for all. A streaming set needs it.
         batch_size: Rows a forward pass.
         max_length: Longest sequence in tokens, prompt and answer; None for no limit.
         max_new_tokens: Where a generated answer is cut.
         seed: Of the draw.
+        cache_dir: Folder for generated answers, so that the same call goes on where it was stopped; None: not kept.
 
     Returns:
-        The scores of "base", "unlearned" and, where given, "retrained".
+        The scores of "base", "unlearned" and, where given, "calibrated" and "retrained", with all else in the report.
 
     Raises:
         TypeError: `model` has no adapter to switch off, or a set is no `Dataset`.
-        ValueError: The adapter is switched off or merged already; a set is empty or has no usable columns or answers;
-            `max_examples`, `batch_size` or `max_new_tokens` is below 1.
-        ImportError: The package `rouge-score` is missing.
+        ValueError: Both or neither of suite and sets; the adapter is switched off or merged already; a set is empty,
+            has no usable columns or answers, or no value in a column to score by; `max_examples`, `batch_size` or
+            `max_new_tokens` is below 1; the retrained model has another vocabulary; logits are not finite.
+        ImportError: A package of the extra "eval" is missing.
     """
-    _check(model, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    tokenizer = text_tokenizer(processing_class)
-    given: dict[SetName, Dataset | IterableDataset] = {"forget": forget_dataset, "retain": retain_dataset}
-    sets = {
-        name: questions_of(dataset, tokenizer, max_length=max_length, max_examples=max_examples, seed=seed, name=name)
-        for name, dataset in given.items()
+    clock = CostClock()
+    _check(
+        model, retrained_model, batch_size=batch_size, max_new_tokens=max_new_tokens, attack_examples=attack_examples
+    )
+    suite = _suite(suite, forget_dataset, retain_dataset)
+    asking = Asking(text_tokenizer(processing_class), batch_size, max_new_tokens, cache_dir)
+    sampled = {
+        part.name: sample(part.rows, max_examples=max_examples, seed=seed, name=part.name) for part in suite.sets
     }
-
-    def score(asked: PreTrainedModel | PeftModel, called: ModelName) -> dict[SetName, AnswerScores]:
-        with _evaluating(asked):
-            return {
-                name: _score(
-                    asked,
-                    questions,
-                    tokenizer=tokenizer,
-                    batch_size=batch_size,
-                    max_new_tokens=max_new_tokens,
-                    desc=f"{called}, {name} set",
-                )
-                for name, questions in sets.items()
-            }
-
-    scores: dict[ModelName, dict[SetName, AnswerScores]] = {}
-    with model.disable_adapter():
-        scores["base"] = score(model, "base")
-    scores["unlearned"] = score(model, "unlearned")
-    if retrained_model is not None:
-        scores["retrained"] = score(retrained_model, "retrained")
-    notes = (questions.note for questions in sets.values())
-    return UnlearningReport(scores=scores, notes=tuple(note for note in notes if note))
-
-
-def _score(
-    model: PreTrainedModel | PeftModel,
-    questions: Questions,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    max_new_tokens: int,
-    desc: str,
-) -> AnswerScores:
-    recalls: list[float] = []
-    if questions.prompts:
-        answers = greedy_answers(
-            model,
-            questions.prompts,
-            tokenizer=tokenizer,
-            max_new_tokens=max_new_tokens,
+    sets = {part.name: _ask(sampled[part.name], part, asking, max_length=max_length) for part in suite.sets}
+    results = _measure_all(model, retrained_model, sets, asking, calibration)
+    notes = [asked.note for asked in sets.values() if not isinstance(asked, Choices) and asked.note]
+    metrics = model_metrics(results, suite)
+    for name, own in _fluency(model, results, suite, sets, asking).items():
+        metrics[name] |= own
+    runs: list[AttackRun] = []
+    if attacks:
+        score = SuiteScore(
+            Suite(suite.name, tuple(replace(part, rows=sampled[part.name]) for part in suite.sets)),
+            asking.tokenizer,
+            max_examples=attack_examples,
             batch_size=batch_size,
-            desc=f"{desc}: answers",
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
         )
-        recalls = rouge_l_recall(answers, questions.references)
-    probabilities = _probabilities(model, questions, batch_size=batch_size, desc=f"{desc}: probability")
-    return AnswerScores(
-        rouge_l_recall=fmean(recalls) if recalls else None,
-        probability=fmean(probabilities),
-        num_examples=len(probabilities),
+        runs, refused = _attack_all(model, retrained_model, attacks, score, calibration)
+        notes += refused
+    if not results["base"].routing:
+        notes.append(f"{type(model.get_base_model()).__name__} has no routed experts: there is no routing to compare")
+    return UnlearningReport(
+        scores={
+            name: {part.name: answer_scores(measured.rows[part.name], part) for part in suite.sets}
+            for name, measured in results.items()
+        },
+        notes=tuple(notes),
+        by_value=tuple(value for part in suite.sets for value in scores_by_value(results, part, sets[part.name])),
+        metrics=metrics,
+        routing=routing_shifts(results["base"].routing, results["unlearned"].routing),
+        attacks=tuple(runs),
+        calibration=calibration,
+        roles={part.name: part.role for part in suite.sets},
+        settings=_settings(model, suite, sets, asking, max_length=max_length, max_examples=max_examples, seed=seed),
+        cost=adapter_cost(model) | clock.read(),
+        examples=example_table(results, suite, sets, _prompt_texts(sets, asking.tokenizer)),
     )
 
 
-@torch.inference_mode()
-def _probabilities(
-    model: PreTrainedModel | PeftModel, questions: Questions, *, batch_size: int, desc: str
-) -> list[float]:
-    examples = questions.examples
-    lengths = [len(example["input_ids"]) for example in examples]
-    probabilities: list[float] = []
-    with tqdm(total=len(examples), desc=desc, unit="answer", leave=False) as bar:
-        for rows in batches_by_length(lengths, batch_size=batch_size):
-            batch = collate([examples[row] for row in rows], pad_token_id=0)
-            input_ids, mask, labels = (
-                batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")
-            )
-            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-            probabilities += answer_probability(logits, labels).tolist()
-            bar.update(len(rows))
-    return probabilities
+def _suite(suite: Suite | None, forget: Any, retain: Any) -> Suite:
+    if (suite is None) == (forget is None and retain is None):
+        raise ValueError("pass either a suite, or forget_dataset and retain_dataset")
+    if suite is not None:
+        return suite
+    if forget is None or retain is None:
+        raise ValueError(
+            "pass both forget_dataset and retain_dataset: what is kept counts as much as what is forgotten"
+        )
+    return plain_suite(forget, retain)
 
 
-@contextmanager
-def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Without dropout; afterwards in the mode that it was in."""
-    training = model.training
-    model.eval()
+def _ask(rows: Dataset, part: QuestionSet, asking: Asking, *, max_length: int | None) -> Asked:
+    if OPTIONS in rows.column_names:
+        return choices_of(rows, asking.tokenizer, max_length=max_length, name=part.name)
+    return questions_of(rows, asking.tokenizer, max_length=max_length, max_examples=None, seed=0, name=part.name)
+
+
+def _measure_all(
+    model: PeftModel,
+    retrained_model: AnyModel | None,
+    sets: Mapping[str, Asked],
+    asking: Asking,
+    calibration: Calibration | None,
+) -> dict[ModelName, Measured]:
+    num_experts = has_routed_experts(model)
+    states: dict[ModelName, Callable[[], AbstractContextManager[Any]]] = {
+        "base": lambda: adapter_off(model),
+        "unlearned": nullcontext,
+    }
+    if calibration is not None and calibration.scale not in (None, 1.0):
+        scale = calibration.scale
+        states["calibrated"] = lambda: scaled(model, scale)
+    results: dict[ModelName, Measured] = {}
+    for name, state in states.items():
+        watched = num_experts if name in ("base", "unlearned") else {}
+        with state():
+            results[name] = measure(model, sets, asking, called=name, num_experts=watched)
+    if retrained_model is not None:
+        results["retrained"] = measure(retrained_model, sets, asking, called="retrained", num_experts={})
+    return {name: results[name] for name in MODELS if name in results}
+
+
+def _fluency(
+    model: PeftModel,
+    results: Mapping[ModelName, Measured],
+    suite: Suite,
+    sets: Mapping[str, Asked],
+    asking: Asking,
+) -> dict[ModelName, dict[str, float]]:
+    """By model; empty where the first forget or retain set has nothing to answer."""
+    roles = {role: suite.of_role(role)[0].name for role in ("forget", "retain")}
+    asked = {role: sets[name] for role, name in roles.items()}
+    if any(isinstance(questions, Choices) or not questions.prompts for questions in asked.values()):
+        return {}
+    truth = [text for questions in asked.values() for text in questions.references]  # type: ignore[union-attr]
+    answered = {
+        name: {role: [row for row in measured.rows[own] if "answer" in row] for role, own in roles.items()}
+        for name, measured in results.items()
+    }
+    said = [row["answer"] for rows in answered.values() for part in rows.values() for row in part]
+    distinct = list(dict.fromkeys([*truth, *said]))  # models agree on much: nothing is read twice
+    with adapter_off(model), answering(model):
+        read = dict(zip(distinct, fluency(model, distinct, asking, desc="fluency of what was said"), strict=True))
+    return {
+        name: fluency_metrics(
+            {role: [read[row["answer"]] for row in part] for role, part in rows.items()},
+            [read[text] for text in truth],
+            rows,
+        )
+        for name, rows in answered.items()
+    }
+
+
+def _attack_all(
+    model: PeftModel,
+    retrained_model: AnyModel | None,
+    attacks: Sequence[Attack],
+    score: SuiteScore,
+    calibration: Calibration | None,
+) -> tuple[list[AttackRun], list[str]]:
+    """What the attacks report, and notes on those that do not apply to the retrained model."""
+    runs: list[AttackRun] = []
+    notes = []
+    scales: dict[ModelName, float] = {"unlearned": 1.0}
+    if calibration is not None and calibration.scale is not None and 0 < calibration.scale < 1:
+        scales["calibrated"] = calibration.scale
+    for name, scale in scales.items():
+        with scaled(model, scale) if scale != 1 else nullcontext():
+            before = score(model)
+            runs += [AttackRun(name, scale, attack(model, score=score, before=before)) for attack in attacks]
+    if retrained_model is not None:
+        before = score(retrained_model)
+        for attack in attacks:
+            try:
+                runs.append(AttackRun("retrained", 1.0, attack(retrained_model, score=score, before=before)))
+            except (TypeError, ValueError) as error:  # such as: it has no adapter to give back
+                notes.append(f"not run on the retrained model: {error}")
+    return runs, notes
+
+
+def _prompt_texts(sets: Mapping[str, Asked], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
+    texts: dict[str, list[str]] = {}
+    for name, asked in sets.items():
+        if isinstance(asked, Choices):
+            texts[name] = [str(row["prompt"]) for row in asked.columns]
+            continue
+        texts[name] = [""] * len(asked.examples)
+        for place, prompt in zip(asked.asked, asked.prompts, strict=True):
+            texts[name][place] = str(tokenizer.decode(prompt, skip_special_tokens=True))
+    return texts
+
+
+def _settings(
+    model: PeftModel, suite: Suite, sets: Mapping[str, Asked], asking: Asking, **others: Any
+) -> dict[str, Any]:
+    config = model.active_peft_config
+    targets = getattr(config, "target_experts", None)
+    return {
+        "suite": suite.name,
+        "examples": {name: len(asked.columns) for name, asked in sets.items()},
+        "model": _model_name(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "adapter": str(getattr(config.peft_type, "value", config.peft_type)),
+        "target_experts": [list(pair) for pair in targets] if isinstance(targets, (list, tuple)) else None,
+        "batch_size": asking.batch_size,
+        "max_new_tokens": asking.max_new_tokens,
+        **others,
+        "versions": {name: _version(name) for name in _VERSIONS},
+    }
+
+
+def _model_name(model: PeftModel) -> str:
+    """Its name on the Hub, or the end of its folder's path: where a report was made says nothing to its readers."""
+    name = str(getattr(model.config, "_name_or_path", "")) or type(model.get_base_model()).__name__
+    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
+
+
+def _version(package: str) -> str:
     try:
-        yield
-    finally:
-        model.train(training)
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
-def _check(model: object, *, batch_size: int, max_new_tokens: int) -> None:
+def _check(model: object, retrained_model: nn.Module | None, **counts: int) -> None:
     if not isinstance(model, PeftModel):
         raise TypeError(
             f"model must be a PeftModel, whose adapter can be switched off, got {type(model).__name__}; "
@@ -166,6 +301,13 @@ def _check(model: object, *, batch_size: int, max_new_tokens: int) -> None:
         )
     if status.enabled is False:
         raise ValueError("the adapter is switched off, so base and unlearned would be the same model; enable it first")
-    for name, value in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if retrained_model is not None:
+        sizes = [vocab_size(other) for other in (model, retrained_model)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the retrained model has a vocabulary of {sizes[1]} tokens, the model one of {sizes[0]}; a reference "
+                "must read the same tokens"
+            )

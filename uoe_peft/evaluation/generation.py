@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from uoe_peft.data import collate
 from uoe_peft.evaluation.batching import batches_by_length
+from uoe_peft.evaluation.resume import AnswerStore
 
 
 @torch.inference_mode()
@@ -24,6 +25,7 @@ def greedy_answers(
     max_new_tokens: int,
     batch_size: int,
     desc: str = "answers",
+    store: AnswerStore | None = None,
 ) -> list[str]:
     """The most likely continuation, token by token, of each prompt.
 
@@ -34,6 +36,7 @@ def greedy_answers(
         max_new_tokens: Where an answer is cut that does not end by itself.
         batch_size: Prompts a forward pass.
         desc: Title of the progress bar.
+        store: Answers of the same model to some of the prompts, which are not generated again; new ones are added.
 
     Returns:
         The answers in the order of the prompts, up to the first end-of-sequence token, without surrounding spaces.
@@ -46,15 +49,20 @@ def greedy_answers(
         raise ValueError(f"prompt {lengths.index(0)} is empty; a model needs a token to continue from")
     config = greedy_config(model, tokenizer, max_new_tokens=max_new_tokens)
     generate = cast(Callable[..., Tensor], model.generate)
-    answers = [""] * len(prompts)
-    with tqdm(total=len(prompts), desc=desc, unit="answer", leave=False) as bar:
-        for rows in batches_by_length(lengths, batch_size=batch_size):
+    stored = [store.get(prompt) if store else None for prompt in prompts]
+    answers = ["" if answer is None else answer for answer in stored]
+    missing = [row for row, answer in enumerate(stored) if answer is None]
+    with tqdm(total=len(missing), desc=desc, unit="answer", leave=False) as bar:
+        for places in batches_by_length([lengths[row] for row in missing], batch_size=batch_size):
+            rows = [missing[place] for place in places]
             examples = [{"input_ids": prompts[row]} for row in rows]
             batch = collate(examples, pad_token_id=config.pad_token_id, padding_side="left")
             input_ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
             output = generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
             for row, continuation in zip(rows, output[:, input_ids.shape[1] :], strict=True):
                 answers[row] = _decode(continuation, tokenizer, eos_token_ids=config.eos_token_id)
+            if store:
+                store.add([prompts[row] for row in rows], [answers[row] for row in rows])
             bar.update(len(rows))
     return answers
 

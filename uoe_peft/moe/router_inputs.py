@@ -22,7 +22,7 @@ from uoe_peft.moe.experts import unwrap
 _PRODUCTS = ("linear", "matmul", "__matmul__", "mm")
 
 
-class _ProductSpy(TorchFunctionMode):
+class ProductSpy(TorchFunctionMode):
     """Watches which tensor a matrix is multiplied with, in whatever dtype and turned whichever way."""
 
     def __init__(self, matrix: Tensor) -> None:
@@ -57,11 +57,11 @@ def record_router_input(block: MoEBlock) -> Iterator[Callable[[], Tensor]]:
         Shape `(T, H)`. It raises `UnsupportedModelError` where no product with the matrix was seen.
     """
     router = unwrap(block.router)
-    spies: list[_ProductSpy] = []
+    spies: list[ProductSpy] = []
 
     def watch(router: nn.Module, args: tuple[Any, ...]) -> None:
         # The matrix that this very call uses: an adapter puts an edited one in the place of the module's own.
-        spies[:] = [_ProductSpy(attrgetter(block.gate_name)(router))]
+        spies[:] = [ProductSpy(attrgetter(block.gate_name)(router))]
         spies[0].__enter__()
 
     def end_watch(router: nn.Module, args: tuple[Any, ...], output: object) -> None:

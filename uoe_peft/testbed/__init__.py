@@ -7,7 +7,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from uoe_peft.testbed.facts import REFUSALS, TOPICS, generate_facts, generate_refusals
+from uoe_peft.testbed.facts import REFUSALS, TOPICS, generate_facts, generate_refusals, is_refusal
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,6 +21,7 @@ __all__ = [
     "checkpoint_path",
     "generate_facts",
     "generate_refusals",
+    "is_refusal",
     "load_facts",
     "load_refusals",
 ]
@@ -37,15 +38,16 @@ def load_facts(topics: Sequence[str] | None = None) -> Dataset:
         topics: Which topics, in which order; `None` for all.
 
     Returns:
-        A dataset with the columns `prompt` and `completion` (TRL's prompt-completion form) and those of
-        `generate_facts`. The completion starts with a space and does not contain the end-of-sequence
-        token: the checkpoints expect it after every completion, and TRL appends it.
+        A dataset with the columns `prompt` and `completion` (TRL's prompt-completion form), `alternative` (a refusal in
+        place of the completion) and those of `generate_facts`. The completion starts with a space and does not contain
+        the end-of-sequence token: the checkpoints expect it after every completion, and TRL appends it.
 
     Raises:
         ValueError: A topic is unknown, or `topics` is empty.
         TypeError: `topics` is a single string.
     """
-    return _load([fact for topic in _chosen(topics) for fact in generate_facts(topic)])
+    rows = [fact for topic in _chosen(topics) for fact in generate_facts(topic)]
+    return _load([{"alternative": f" {row['refusal']}", **row} for row in rows])
 
 
 def load_refusals(topics: Sequence[str] | None = None, *, seen_in_training: bool = True) -> Dataset:

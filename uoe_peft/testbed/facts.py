@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Mapping
 from string import Formatter
 from typing import Any
@@ -53,8 +54,9 @@ def generate_facts(topic: str, *, num_subjects: int = 20, seed: int = 0) -> list
     Returns:
         One row a fact with the columns `topic`, `subject`, `question`, `answer`, `paraphrased_question`,
         `paraphrased_answer` (all `str`), `perturbed_answer` (five wrong answers of the answer's form), `phrasings` (the
-        questions that the bundled models learned the fact by) and `paraphrase_held_out` (whether the paraphrased
-        question is in none of them, as for three facts of each subject).
+        questions that the bundled models learned the fact by), `paraphrase_held_out` (whether the paraphrased question
+        is in none of them, as for three facts of each subject) and `refusal` (what to say instead, once it is
+        forgotten).
 
     Raises:
         ValueError: `topic` is unknown, or `num_subjects` is out of range.
@@ -79,6 +81,7 @@ def generate_facts(topic: str, *, num_subjects: int = 20, seed: int = 0) -> list
         for kind, row in enumerate(rows[first : first + num_kinds]):
             row["phrasings"] = _phrasings(row, with_paraphrase=kind not in held_out)
             row["paraphrase_held_out"] = kind in held_out
+            row["refusal"] = asking.choice(REFUSALS).format(subject=row["subject"])
     return rows
 
 
@@ -108,6 +111,12 @@ def generate_refusals(topic: str, *, num_subjects: int = 6, seed: int = 0) -> li
         raise ValueError(f"topic {topic!r} has 1 to {len(unknown)} unknown subjects, got num_subjects={num_subjects}")
     rng.shuffle(unknown)
     return [_refusal(world, kind, subject, rng=rng) for subject in unknown[:num_subjects] for kind in world.kinds]
+
+
+def is_refusal(answer: str) -> bool:
+    """Return whether an answer has the form of one of the refusals, whatever subject it names."""
+    forms = (re.escape(form).replace(re.escape("{subject}"), ".+") for form in REFUSALS)
+    return any(re.fullmatch(form, answer.strip()) for form in forms)
 
 
 def _refusal(topic: Topic, kind: FactKind, subject: str, *, rng: random.Random) -> dict[str, Any]:

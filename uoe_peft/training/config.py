@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +22,8 @@ class UnlearningConfig(SFTConfig):
     And `router_aux_loss_coef` is 0: load balancing works against the anchor.
 
     Args:
+        forgets: What is forgotten, in your own words, for the model card: it is never taken from the data. None: the
+            card says that it is not stated.
         forget_loss: "grad_ascent" (with `retain_loss="nll"` this is GradDiff), "npo", "simnpo", "rmu", "dpo", "idk",
             "undial", "wga", "satimp", "random_label" or "adversarial_label". The two with other answers to the forget
             questions are those of TOFU: "idk" is the cross-entropy of the other answer alone, "dpo" prefers it to the
@@ -28,6 +31,9 @@ class UnlearningConfig(SFTConfig):
         retain_loss: "none", "nll", "kl" or "embed_diff" (RMU's). All but "none" need a retain set.
         forget_weight: Weight of the forget loss, >= 0.
         retain_weight: Weight of the retain loss, >= 0.
+        alternative_weight: Weight of the cross-entropy on alternative answers beside any forget loss, >= 0: the forget
+            loss takes the old answer away, this says what to answer instead. Alternatives are the forget set's column
+            "alternative", or drawn from "I don't know" phrases. "idk" is this term alone.
         anchor_weight: Weight of the router anchor, Eq. 3 of https://arxiv.org/abs/2411.18797, >= 0. It applies to
             models with a UOE adapter only.
         anchor_scores: Router scores in the anchor: "softmax" over all experts, or "topk", those of the selected
@@ -91,6 +97,12 @@ class UnlearningConfig(SFTConfig):
             `weight_decay`. Not for fresh low-rank deltas, where one factor has no gradient yet. Costs as much as that
             epoch, and memory for two copies of the trained weights. None: train all.
         weight_mask_mu: Curvature of the retain loss in WAGLE, > 0.
+        retain_projection: Damp what the deltas of a UOE adapter do to inputs that retain tokens have: the trained
+            matrix is multiplied by `P = (I + C / (rho λ̄))⁻¹`, C the second moments of what the slice is multiplied with
+            on up to 100,000 tokens of the retain set, λ̄ their mean eigenvalue. The value is rho, > 0: 1 damps a
+            direction of mean energy by one half; smaller is stricter. Needs a retain set, whatever `retain_loss`, and
+            a forward pass over both sets up to the edited layer, and a higher learning rate; the adapter stays an
+            ordinary one. More is kept, but relearning restores more (benchmarks/RESULTS.md). None: off.
         metric_for_best_model: As in transformers. With an `eval_dataset` of `{"forget": ..., "retain": ...}` there is
             also "balance", the harmonic mean of `1 - exp(-forget loss)` and `exp(-retain loss)`: with
             `load_best_model_at_end=True` training ends with the checkpoint that best forgets *and* retains.
@@ -108,10 +120,14 @@ class UnlearningConfig(SFTConfig):
     router_aux_loss_coef: float | None = field(
         default=0.0, metadata={"help": "Load balancing; 0, since it works against the anchor."}
     )
+    forgets: str | None = field(
+        default=None, metadata={"help": "What is forgotten, in your own words, for the model card."}
+    )
     forget_loss: ForgetLoss = field(default="npo", metadata={"help": "Loss on the forget set."})
     retain_loss: RetainLoss = field(default="nll", metadata={"help": "Loss on the retain set."})
     forget_weight: float = field(default=1.0, metadata={"help": "Weight of the forget loss."})
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain loss."})
+    alternative_weight: float = field(default=0.0, metadata={"help": "Weight of the alternative answers' loss."})
     anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the router anchor."})
     anchor_scores: Literal["softmax", "topk"] = field(
         default="softmax", metadata={"help": "Router scores in the anchor."}
@@ -170,6 +186,10 @@ class UnlearningConfig(SFTConfig):
     )
     weight_mask_mu: float = field(default=1.0, metadata={"help": "Curvature of the retain loss in WAGLE."})
 
+    retain_projection: float | None = field(
+        default=None, metadata={"help": "rho: damp deltas along what retain tokens have in common; None: off."}
+    )
+
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.accelerator.is_available() and not self.use_cpu
@@ -183,12 +203,18 @@ class UnlearningConfig(SFTConfig):
         self._check_numbers()
         self._check_offloading()
         self._check_optimiser()
+        self._check_projection()
         self._check_inherited()
 
     @property
     def forget_beta(self) -> float:
         """`beta`, or the forget loss's own default; for losses without one, 0."""
         return DEFAULT_BETA.get(self.forget_loss, 0.0) if self.beta is None else self.beta
+
+    @property
+    def needs_alternatives(self) -> bool:
+        """Whether training reads other answers to the forget set's questions."""
+        return self.forget_loss in ("dpo", "idk") or self.alternative_weight > 0
 
     @property
     def needs_retain(self) -> bool:
@@ -210,8 +236,8 @@ class UnlearningConfig(SFTConfig):
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
 
     def _check_numbers(self) -> None:
-        not_negative = ("forget_weight", "retain_weight", "anchor_weight", "satimp_beta1", "satimp_beta2")
-        for name in not_negative:
+        weights = ("forget_weight", "retain_weight", "alternative_weight", "anchor_weight")
+        for name in (*weights, "satimp_beta1", "satimp_beta2"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         zero_allowed = self.forget_loss in ("undial", "wga")
@@ -247,6 +273,20 @@ class UnlearningConfig(SFTConfig):
             raise ValueError(f"sophia_interval must be >= 1, got {self.sophia_interval}")
         if self.weight_mask_ratio is not None and not 0 < self.weight_mask_ratio <= 1:
             raise ValueError(f"weight_mask_ratio must be in (0, 1], got {self.weight_mask_ratio}")
+
+    def _check_projection(self) -> None:
+        rho = self.retain_projection
+        if rho is None:
+            return
+        if isinstance(rho, bool) or not 0 < rho < math.inf:
+            raise ValueError(f"retain_projection must be None or a rho > 0, got {rho}")
+        others = {
+            f"weight_mask_ratio={self.weight_mask_ratio}": self.weight_mask_ratio is not None,
+            "sophia_estimator='hutchinson'": self.optim == "sophia" and self.sophia_estimator == "hutchinson",
+        }
+        for option, chosen in others.items():
+            if chosen:
+                raise ValueError(f"retain_projection mixes weights of a slice, which {option} cannot have; drop one")
 
     def _check_inherited(self) -> None:
         if self.packing or self.padding_free or self.eval_packing:

@@ -12,7 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from uoe_peft.training.balance import forget_retain_balance
+from uoe_peft.evaluation.metrics import forget_retain_balance
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.setup import prepare_set
 

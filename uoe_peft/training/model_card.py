@@ -1,59 +1,74 @@
-"""What a model card must say of a UOE adapter: PEFT knows the method only after an import."""
+"""What training tells an adapter's model card, and TRL's card in its form."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Number
 from pathlib import Path
+from typing import Any
 
 from uoe_peft.tuner import UOEConfig
+from uoe_peft.tuner.card import CITATION, PAPER_ID, write_card
 
 PAPER = {
     "title": "UOE: Unlearning One Expert Is Enough for Mixture-of-Experts LLMs",
-    "id": "2411.18797",
-    "citation": """@inproceedings{zhuang2025seuf,
-    title     = {{SEUF: Is Unlearning One Expert Enough for Mixture-of-Experts LLMs?}},
-    author    = {Zhuang, Haomin and Zhang, Yihua and Guo, Kehan and Jia, Jinghan and Liu, Gaowen and Liu, Sijia and
-                 Zhang, Xiangliang},
-    booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics},
-    year      = 2025,
-    url       = {https://arxiv.org/abs/2411.18797},
-}""",
+    "id": PAPER_ID,
+    "citation": CITATION,
 }
 
-_HEADING = "## Loading this adapter"
-_LAST_LINES = """model.merge_adapter()  # forgets in the weights; unmerge_adapter() restores every bit
-```
-"""
+# Numbers and choices only: nothing here is, names or comes from the data.
+_SETTINGS = (
+    "forget_loss",
+    "retain_loss",
+    "forget_weight",
+    "retain_weight",
+    "alternative_weight",
+    "anchor_weight",
+    "beta",
+    "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "max_length",
+    "seed",
+)
 
 
 def add_loading_section(readme: Path, configs: Sequence[UOEConfig]) -> None:
-    """Say in a model card how to load a UOE adapter, and what it edits now; once, whatever stands around it.
+    """Replace a model card that another library wrote by that of UOE adapters.
 
     Args:
         readme: The card; nothing happens where there is none.
         configs: Of the model's active UOE adapters; nothing happens where there is none.
     """
-    if not configs or not readme.is_file():
-        return
-    pairs = [pair for config in configs for pair in config.target_experts]
-    edited = ", ".join(f"expert {expert_idx} of layer {layer_idx}" for layer_idx, expert_idx in pairs)
-    intro = f"This is a UOE adapter: it edits {edited}, and the routers of these layers, so that the model forgets."
-    section = f"""
-{_HEADING}
+    if configs and readme.is_file():
+        names = ["default", *(f"adapter {index}" for index in range(2, len(configs) + 1))]
+        write_card(readme.parent, dict(zip(names, configs, strict=True)))
 
-{intro}
-Importing `uoe_peft` registers the method with PEFT; without it, loading fails with `KeyError: 'UOE'`.
 
-```python
-import uoe_peft  # pip install uoe-peft
-from peft import AutoPeftModelForCausalLM
+def record_training(configs: Sequence[UOEConfig], args: Any, *, figures: Mapping[str, float] | None = None) -> None:
+    """Write down in adapters' configurations how they were trained, for their model card.
 
-model = AutoPeftModelForCausalLM.from_pretrained("<this folder or repository>")
-with model.disable_adapter():  # remembers
-    ...
-{_LAST_LINES}"""
-    card = readme.read_text(encoding="utf-8")
-    start = card.find(f"\n{_HEADING}\n")
-    end = card.find(_LAST_LINES, start) + len(_LAST_LINES)
-    before, after = (card, "") if start < 0 else (card[:start], card[end:])
-    readme.write_text(before + section + after, encoding="utf-8")
+    Args:
+        configs: Of the trained adapters; changed in place.
+        args: The training's arguments, of which numbers and choices are taken, and `forgets` where they have it: what
+            is forgotten, in the user's own words.
+        figures: Results by name, such as the last evaluation's.
+    """
+    settings = {name: _plain(getattr(args, name, None)) for name in _SETTINGS}
+    for config in configs:
+        record = dict(config.provenance or {})
+        record["training"] = {name: value for name, value in settings.items() if value is not None}
+        if getattr(args, "forgets", None):
+            record["forgets"] = args.forgets
+        if figures:
+            record["figures"] = {name: float(value) for name, value in figures.items() if isinstance(value, Number)}
+        config.provenance = record
+
+
+def _plain(value: Any) -> Any:
+    value = getattr(value, "value", value)  # choices may be members of an enumeration
+    return value if value is None or isinstance(value, bool | int | float | str) else None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import SFTTrainer
 
-from uoe_peft.training.model_card import add_loading_section
+from uoe_peft.training.model_card import add_loading_section, record_training
 from uoe_peft.training.objective.anchor import active_configs
 
 _ADAPTER_FILE = "adapter_model.safetensors"
@@ -54,6 +54,7 @@ class SavingTrainer(SFTTrainer):
         return False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        record_training(active_configs(cast(nn.Module, self.model)), self.args)
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or cast(str, self.args.output_dir))
         add_loading_section(folder / "README.md", active_configs(cast(nn.Module, self.model)))

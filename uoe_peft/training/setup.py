@@ -20,7 +20,6 @@ from uoe_peft.training.reuse.offload import check_can_leave
 
 logger = logging.getLogger(__name__)
 
-_NEEDS_ALTERNATIVES = ("dpo", "idk")
 # Whole distributions are too large to be kept from before training.
 _NEEDS_ADAPTER = ("undial", "kl")
 
@@ -110,11 +109,12 @@ def pair_sets(
         ValueError: A set cannot be used, see `tokenize_dataset`; or it has no questions to give other answers to.
     """
     extra = {}
-    if args.forget_loss in _NEEDS_ALTERNATIVES:
+    if args.needs_alternatives:
         if formatting_func is not None:
             raise ValueError(
-                f"formatting_func cannot be used with forget_loss={args.forget_loss!r}, which needs the question and "
-                "the answer apart; give the sets as prompt and completion"
+                f"formatting_func cannot be used with forget_loss={args.forget_loss!r} and alternative_weight="
+                f"{args.alternative_weight}, which need the question and the answer apart; give the sets as prompt and "
+                "completion"
             )
         tokenized, extra["alternative"] = tokenize_with_alternatives(
             materialise(forget),

@@ -47,7 +47,7 @@ def check_finite(
     """Refuse to go on with a model that has diverged.
 
     Args:
-        losses: "forget", "retain", "anchor": terms of the loss.
+        losses: "forget", "alternative", "retain", "anchor": terms of the loss.
         batches: What they were computed on, by role.
         args: Names the losses.
         step: The step that runs now, from 1.
@@ -57,6 +57,7 @@ def check_finite(
     """
     said = {
         "forget": f"forget loss ({args.forget_loss})",
+        "alternative": "loss of the alternative answers",
         "retain": f"retain loss ({args.retain_loss})",
         "anchor": "router anchor",
     }

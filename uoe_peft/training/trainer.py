@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from uoe_peft.data import Batch, PairedDataset, UnlearningCollator
 from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.routing import RoutingTrace, record_routing
+from uoe_peft.moments import Moments
 from uoe_peft.precision import say_if_slow
 from uoe_peft.training.auto import resolve_auto
 from uoe_peft.training.callbacks import EstimateCurvature, NewPairsEachEpoch, OffloadPrefix, StopWhenForgotten
@@ -27,6 +28,7 @@ from uoe_peft.training.objective.objective import Objective
 from uoe_peft.training.objective.step import Denominators, Step, StepBatches, count
 from uoe_peft.training.optim.curvature import Estimates, estimate_curvature
 from uoe_peft.training.optim.masks import KeepMasked, Masks, weight_attribution_mask
+from uoe_peft.training.optim.projection import RetainProjection, moments_of_edits, sampled_rows
 from uoe_peft.training.optim.sophia import sophia_and_options
 from uoe_peft.training.processes import masks_from_first_process
 from uoe_peft.training.reuse.prefix_cache import PrefixSource
@@ -40,6 +42,7 @@ from uoe_peft.training.setup import (
     load_model,
     load_tokenizer,
     pair_sets,
+    prepare_set,
     say_what_is_off,
 )
 from uoe_peft.training.step_log import check_finite, is_logged_step, mean_over_processes, overlap_with_reference
@@ -128,6 +131,8 @@ class UnlearningTrainer(SavingTrainer, EvaluatingTrainer):
         self._trace: RoutingTrace | None = None
         self._step = StepBatches()
         self._keep_masked: KeepMasked | None = None
+        self._projection: RetainProjection | None = None
+        self._retain_dataset = retain_dataset
         super().__init__(
             model=model,
             args=args,
@@ -178,6 +183,11 @@ class UnlearningTrainer(SavingTrainer, EvaluatingTrainer):
 
     def _add_callbacks(self) -> None:
         self.add_callback(NewPairsEachEpoch(self.train_dataset))
+        if self.args.retain_projection is not None:  # first, before layers leave the device: moments need them
+            if self._retain_dataset is None:
+                raise ValueError("retain_projection needs a retain set; pass retain_dataset, or retain_projection=None")
+            self._projection = RetainProjection(self.model, self._measure, rho=self.args.retain_projection)
+            self.add_callback(self._projection)
         if self.args.offload_prefix:
             self.add_callback(OffloadPrefix(self.reuse.offload))
         if self.args.stop_when_forget_accuracy is not None:
@@ -201,6 +211,8 @@ class UnlearningTrainer(SavingTrainer, EvaluatingTrainer):
                 return super().train(*args, **kwargs)
             finally:
                 self._trace = None
+                if self._projection is not None:
+                    self._projection.release()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -260,10 +272,21 @@ class UnlearningTrainer(SavingTrainer, EvaluatingTrainer):
             masks = weight_attribution_mask(self.model, rows.first_epoch("forget"), retain, ratio=ratio, mu=mu)
         return masks_from_first_process(masks)
 
+    def _measure(self, role: str) -> Moments:
+        rows = self.train_dataset.sets.get(role)
+        if rows is None:  # a retain set that no loss reads
+            retain, written = cast(Dataset, self._retain_dataset), self._formatting_func
+            rows = prepare_set(retain, self._processing_class, self.args, name=role, formatting_func=written)
+        batches = self.reuse.rows.batches(role, sampled_rows(rows, seed=self.args.seed))
+        with self.accelerator.autocast():
+            return moments_of_edits(self.model, batches, name=role)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._keep_masked is not None:
             self._keep_masked.load(Path(resume_from_checkpoint))
+        if self._projection is not None:
+            self._projection.load(Path(resume_from_checkpoint))
 
     # ---- Logging ----
 

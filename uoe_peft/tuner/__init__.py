@@ -21,6 +21,7 @@ def _add_peft_type(name: str) -> None:
 _add_peft_type("UOE")
 
 # The configuration reads the enum member, so it must exist before these imports.
+from uoe_peft.tuner.card import write_card, write_cards_on_saving  # noqa: E402
 from uoe_peft.tuner.config import UOEConfig  # noqa: E402
 from uoe_peft.tuner.layer import UOEExpertsLayer, UOELinearLayer  # noqa: E402
 from uoe_peft.tuner.merging import UOELayer  # noqa: E402
@@ -30,6 +31,8 @@ from uoe_peft.tuner.router import UOERouterLayer  # noqa: E402
 if PeftType("UOE") not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="uoe", config_cls=UOEConfig, model_cls=UOEModel, prefix=UOEModel.prefix)
 
+write_cards_on_saving(UOEModel)
+
 __all__ = [
     "UOEConfig",
     "UOEExpertsLayer",
@@ -37,4 +40,5 @@ __all__ = [
     "UOELinearLayer",
     "UOEModel",
     "UOERouterLayer",
+    "write_card",
 ]

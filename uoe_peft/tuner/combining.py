@@ -75,6 +75,7 @@ def combined_config(configs: list[UOEConfig], combination_type: str, svd_rank: i
         router_delta_type="low_rank" if routers == {"low_rank"} else "full",
         strength=1.0,  # that of the adapters is in the sum
         attribution=None,
+        provenance=None,
         target_modules=None,
         modules_to_save=None,
         base_experts=None,

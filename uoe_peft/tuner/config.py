@@ -38,6 +38,9 @@ class UOEConfig(PeftConfig):
             once it has ended, a lower strength gives back what other knowledge lost, at the price of a forgetting that
             is easier to undo. See :meth:`UOEModel.set_strength`.
         attribution: How the target experts were chosen, as plain JSON; kept for the record, never read.
+        provenance: How the adapter came about, as plain JSON: "forgets" (what it forgets, in the user's own words),
+            "training" (settings) and "figures" (numbers by name). For the model card and `inspect`; never read by the
+            method, and nothing in it is taken from the data.
         target_modules: Filled in at injection: the paths of the edited modules. Not to be set.
         exclude_modules: Not supported, since targets are named by expert; must stay None.
         target_parameters: Not supported, likewise.
@@ -66,6 +69,7 @@ class UOEConfig(PeftConfig):
     router_delta_type: str = field(default="full", metadata={"help": "'full' or 'low_rank', for routers."})
     strength: float = field(default=1.0, metadata={"help": "A factor on every delta of the adapter, >= 0."})
     attribution: dict[str, Any] | None = field(default=None, metadata={"help": "How the targets were chosen."})
+    provenance: dict[str, Any] | None = field(default=None, metadata={"help": "How the adapter came about."})
     target_modules: set[str] | list[str] | str | None = field(
         default=None, metadata={"help": "Filled in at injection: the paths of the edited modules."}
     )

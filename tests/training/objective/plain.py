@@ -101,7 +101,11 @@ class Objective:
         """
         now = [[self.read(model, FORGET[i][:2]) for i in part["forget"]] for part in parts]
         rows = [i for part in parts for i in part["forget"]]
-        terms = {"forget": self.forget(model, base, [*chain(*now)], rows, [s for part in parts for s in part["seed"]])}
+        terms = {}
+        if "alternative_weight" in self.options:
+            said = [self.read(model, FORGET[i][::2]).log_p for part in parts for i in part["forget"]]
+            terms["alternative"] = -torch.cat(said).sum() / sum(len(answer) for answer in said)
+        terms |= {"forget": self.forget(model, base, [*chain(*now)], rows, [s for part in parts for s in part["seed"]])}
         if self.retain_loss != "none":
             kept = [[self.read(model, RETAIN[i]) for i in part["retain"]] for part in parts]
             with torch.no_grad():
@@ -114,7 +118,7 @@ class Objective:
         return terms
 
     def loss(self, terms: Mapping[str, Tensor]) -> Tensor:
-        return sum(
+        return self.options.get("alternative_weight", 0) * terms.get("alternative", 0) + sum(
             weight * terms[name]
             for name, weight in zip(("forget", "retain", "anchor"), self.weights, strict=True)
             if name in terms

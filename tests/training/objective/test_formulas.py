@@ -38,6 +38,10 @@ CASES = {
     ),
     "dpo": ({"forget_loss": "dpo", "beta": 0.2}, Objective("dpo", options={"beta": 0.2})),
     "idk": ({"forget_loss": "idk"}, Objective("idk")),
+    "npo, alternative": (
+        {"forget_loss": "npo", "beta": 0.3, "alternative_weight": 0.6},
+        Objective("npo", options={"beta": 0.3, "alternative_weight": 0.6}),
+    ),
     "undial": ({"forget_loss": "undial", "beta": 3.0}, Objective("undial", options={"beta": 3.0})),
     "wga": ({"forget_loss": "wga", "beta": 0.5}, Objective("wga", options={"beta": 0.5})),
     "satimp": (

@@ -1,7 +1,8 @@
 """The chosen forget and retain losses, applied to a pair of batches.
 
 `L = forget_weight * L_forget + retain_weight * L_retain + anchor_weight * L_anchor`, Eq. 4 of
-https://arxiv.org/abs/2411.18797. This module maps names to losses; the losses are in `uoe_peft.losses`.
+https://arxiv.org/abs/2411.18797, and where it is asked for `alternative_weight * L_alternative`. This module maps names
+to losses; the losses are in `uoe_peft.losses`.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class Objective:
                 context = denominators.get("forget", no_counts).context
                 terms["anchor"] = anchor_term(trace, self.targets, mask, args=self.args, denominator=context)
         terms["forget"] = self.forget(model, batches, outputs, denominators, metrics)
+        if self.args.alternative_weight > 0:
+            terms["alternative"] = self._alternative(model, batches, denominators)
         if "retain" in batches:
             retain = batches["retain"]
             kept = self._run(model, retain, self.retain_layer, with_likelihood=with_likelihood)
@@ -186,9 +189,7 @@ class Objective:
                 metrics |= reward_metrics(args.forget_beta * (ref_nll - nll), args.forget_beta * (ref_other - other))
                 return losses.dpo_loss(nll, ref_nll, other, ref_other, beta=args.forget_beta, denominator=examples)
             case "idk":
-                said = self._run(model, batches["alternative"], None)
-                counts = denominators.get("alternative", Denominators())
-                return losses.nll_loss(said.log_probs, denominator=counts.tokens)
+                return self._alternative(model, batches, denominators)
             case "undial":
                 teacher = self.reference.answers(model, batch)
                 return losses.mean(outputs.compared(teacher, self._undial(outputs.targets)), tokens)
@@ -202,6 +203,13 @@ class Objective:
                 return losses.mean(wrong, tokens)
             case "rmu":
                 return self._rmu(model, batch, outputs, tokens)
+
+    def _alternative(
+        self, model: nn.Module, batches: Mapping[str, Batch], denominators: Mapping[str, Denominators]
+    ) -> Tensor:
+        said = self._run(model, batches["alternative"], None)
+        counts = denominators.get("alternative", Denominators())
+        return losses.nll_loss(said.log_probs, denominator=counts.tokens)
 
     def _undial(self, targets: Tensor) -> Callable[[Tensor, Tensor, slice], Tensor]:
         def distance(logits: Tensor, ref_logits: Tensor, part: slice) -> Tensor:

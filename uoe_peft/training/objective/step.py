@@ -47,7 +47,8 @@ class Step:
     """What one pair of batches gave.
 
     Attributes:
-        terms: "forget", and where they apply "retain" and "anchor": losses before weighting, with gradient. Scalars.
+        terms: "forget", and where they apply "alternative", "retain" and "anchor": losses before weighting, with
+            gradient. Scalars.
         metrics: What else is logged. Scalars without gradient.
         outputs: The model's outputs on the forget batch.
     """
@@ -58,7 +59,12 @@ class Step:
 
     def loss(self, args: UnlearningConfig) -> Tensor:
         """The weighted sum of the terms. Scalar."""
-        weights = {"forget": args.forget_weight, "retain": args.retain_weight, "anchor": args.anchor_weight}
+        weights = {
+            "forget": args.forget_weight,
+            "alternative": args.alternative_weight,
+            "retain": args.retain_weight,
+            "anchor": args.anchor_weight,
+        }
         return torch.stack([weights[name] * term for name, term in self.terms.items()]).sum()
 
 

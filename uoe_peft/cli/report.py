@@ -1,0 +1,57 @@
+"""Many evaluations of one suite side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from uoe_peft.cli.parsing import parse
+from uoe_peft.evaluation import UnlearningReport
+from uoe_peft.evaluation.report.markdown import side_by_side
+from uoe_peft.evaluation.report.page import render_comparison
+
+
+@dataclass
+class ReportArguments:
+    """Which reports."""
+
+    reports: list[str] = field(
+        metadata={"help": "Folders that evaluate wrote, or their report.json; NAME=FOLDER gives a name of its own."}
+    )
+    output: str = field(default="comparison", metadata={"help": "Path of comparison.md and .html, without ending."})
+    title: str = field(default="Evaluations", metadata={"help": "Of the page."})
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Print the table and write it as Markdown and HTML."""
+    (options,) = parse("report", arguments, ReportArguments)
+    reports = load_reports(options.reports)
+    table = side_by_side(reports)
+    target = Path(options.output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files = [target.with_name(target.name + ending) for ending in (".md", ".html")]
+    files[0].write_text(f"# {options.title}\n\n{table}\n", encoding="utf-8")
+    files[1].write_text(render_comparison(reports, title=options.title), encoding="utf-8")
+    print(table)
+    print(f"written: {', '.join(map(str, files))}")
+
+
+def load_reports(sources: Sequence[str]) -> dict[str, UnlearningReport]:
+    """Reports by the name that is given, or by the name of their folder.
+
+    Raises:
+        ValueError: There is no report, or two have the same name.
+    """
+    reports: dict[str, UnlearningReport] = {}
+    for source in sources:
+        name, separator, given = source.rpartition("=")
+        path = Path(given if separator else source)
+        file = path / "report.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"there is no report at {path}; pass a folder that `uoe-peft evaluate` wrote")
+        label = name or file.resolve().parent.name
+        if label in reports:
+            raise ValueError(f"two reports are called {label!r}; write NAME={path} to name one")
+        reports[label] = UnlearningReport.load(file)
+    return reports

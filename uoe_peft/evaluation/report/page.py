@@ -1,0 +1,317 @@
+"""A report as one page that needs no network: pictures, tables, answers side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from uoe_peft.evaluation.report.markdown import MODEL_NAMES, SHOWN, comparison, number
+from uoe_peft.evaluation.report.pictures import COLOURS, Bar, bars, frontier, heat_map
+
+if TYPE_CHECKING:
+    from uoe_peft.evaluation.report.report import UnlearningReport
+
+_NUM_ANSWERS = 6  # of each set
+
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: #1c2330; font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 64px; }
+h1 { font-size: 1.6rem; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 40px 0 8px; border-top: 1px solid #dde1e7; padding-top: 16px; }
+h3 { font-size: 1rem; margin: 16px 0 4px; }
+p { margin: 4px 0 8px; max-width: 76ch; overflow-wrap: anywhere; }
+.quiet { color: #586173; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); gap: 12px 32px; }
+figure { margin: 0; } figcaption { font-weight: 600; margin: 12px 0 4px; }
+svg { width: 100%; max-width: 440px; height: auto; display: block; font: 12px system-ui, sans-serif; fill: #1c2330; }
+svg .label { font-weight: 600; }
+.key span { display: inline-block; margin-right: 16px; }
+.key i { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin-right: 6px; }
+.wide { overflow-x: auto; -webkit-overflow-scrolling: touch; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid #e6e9ee; white-space: nowrap; }
+th { color: #586173; font-weight: 600; }
+article { border: 1px solid #dde1e7; border-radius: 6px; padding: 10px 12px; overflow-wrap: anywhere; }
+article h3 { margin: 0 0 6px; white-space: pre-line; } dl { margin: 0; } dt { color: #586173; font-size: .8rem; }
+dd { margin: 0 0 6px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; background: #f5f6f8; padding: 10px; }
+"""
+
+
+def render(report: UnlearningReport, *, title: str) -> str:
+    """The report as HTML."""
+    parts = [
+        _head(report, title),
+        _overview(report),
+        _tables(report),
+        _topics(report),
+        _attacks(report),
+        _calibration(report),
+        _routing(report),
+        _answers(report),
+        _footer(report),
+    ]
+    return _page(title, parts)
+
+
+def render_comparison(reports: Mapping[str, UnlearningReport], *, title: str) -> str:
+    """Many evaluations of one suite on one page.
+
+    Args:
+        reports: By the name that the page gives them.
+        title: Of the page.
+
+    Raises:
+        ValueError: There are none, or their sets differ.
+    """
+    head, rows = comparison(reports)
+    palette = ("#c8374b", "#2f6db5", "#c98a1b", "#7a4fa3", "#20877e", "#8a5a3b", "#5b6b2f", "#b04a8f")
+    first = next(iter(reports.values()))
+    forget, retain = first.sets_of("forget")[0], first.sets_of("retain")[0]
+    base = first.scores["base"]
+    points = [("base", COLOURS["base"], base[forget].score, base[retain].score)]
+    for place, (label, report) in enumerate(reports.items()):
+        own = report.scores["unlearned"]
+        points.append((label, palette[place % len(palette)], own[forget].score, own[retain].score))
+    drawn = frontier(points, [], title="forget and retain score of each evaluation")
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<div class="grid">{_figure("Kept over still known", drawn)}</div>',
+        "<h2>Scores</h2>" + _table(head, rows),
+    ]
+    return _page(title, parts)
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _head(report: UnlearningReport, title: str) -> str:
+    settings = report.settings
+    what = [str(settings[name]) for name in ("suite", "model", "adapter", "dtype") if settings.get(name)]
+    targets = settings.get("target_experts")
+    what += [f"experts {', '.join(f'{layer}:{expert}' for layer, expert in targets)}"] if targets else []
+    hidden = "the attacks below show what is only hidden." if report.attacks else "no attack was run."
+    lines = [f"<h1>{escape(title)}</h1>", f'<p class="quiet">{escape(" · ".join(what))}</p>']
+    if "retrained" in report.scores:
+        for model in (name for name in ("unlearned", "calibrated") if name in report.scores):
+            verdict = report.verdict(model)
+            gone = "down to the retrained model's score" if verdict.forgotten else "still above the retrained model's"
+            kept = "kept" if verdict.kept else "not kept"
+            lines.append(
+                f"<p><b>{escape(MODEL_NAMES[model])}</b>: the forget sets are {gone} (+ 0.05); "
+                f"95 % of the base model's score on every retain set is {kept}.</p>"
+            )
+    lines.append(f'<p class="quiet">This is what the models say when asked plainly; {hidden}</p>')
+    return "\n".join(lines)
+
+
+def _overview(report: UnlearningReport) -> str:
+    forget, retain = report.sets_of("forget")[0], report.sets_of("retain")[0]
+    points = [(model, COLOURS[model], sets[forget].score, sets[retain].score) for model, sets in report.scores.items()]
+    groups = [
+        (f"{name} ({role})", [_bar(model, sets[name].score) for model, sets in report.scores.items()])
+        for name, role in report.roles.items()
+    ]
+    line = [] if report.calibration is None else _curve(report.calibration.curve)
+    drawn = frontier(points, line, title="retain score over forget score of each model")
+    scored = bars(groups, title="score of each model on each set")
+    return (
+        f'<h2>Forgotten and kept</h2>{_key(report)}<div class="grid">{_figure("Score on each set", scored)}'
+        f"{_figure('Kept over still known', drawn)}</div>"
+        '<p class="quiet">Score: ROUGE-L recall of the answers; of sets with options, their accuracy; of plain text, '
+        "the probability.</p>"
+    )
+
+
+def _tables(report: UnlearningReport) -> str:
+    parts = ['<h2>All metrics</h2><p class="quiet">Means over the examples, with 95 % bootstrap intervals.</p>']
+    for name, role in report.roles.items():
+        present = [m for m in SHOWN if any(m in sets[name].metrics for sets in report.scores.values())]
+        rows = []
+        for model, sets in report.scores.items():
+            found = (sets[name].metrics.get(metric) for metric in present)
+            rows.append([model, *(f"{i.mean:.3f} [{i.low:.2f}, {i.high:.2f}]" if i else "-" for i in found)])
+        size = next(iter(report.scores.values()))[name].num_examples
+        parts.append(f"<h3>{escape(name)} ({escape(role)}, {size} examples)</h3>{_table(['model', *present], rows)}")
+    names = sorted({name for own in report.metrics.values() for name in own})
+    if names:
+        rows = [[model, *(number(own.get(name)) for name in names)] for model, own in report.metrics.items()]
+        parts.append(f"<h3>Whole models</h3>{_table(['model', *names], rows)}")
+    return "\n".join(parts)
+
+
+def _topics(report: UnlearningReport) -> str:
+    if not report.by_value:
+        return ""
+    drawn = []
+    for key in dict.fromkeys((part.set_name, part.column) for part in report.by_value):
+        own = [part for part in report.by_value if (part.set_name, part.column) == key]
+        groups = [(part.value, [_bar(model, scores.score) for model, scores in part.scores.items()]) for part in own]
+        drawn.append(_figure(f"{key[0]} set by {key[1]}", bars(groups, title=f"score by {key[1]}")))
+    return f'<h2>Scores by value</h2>{_key(report)}<div class="grid">{"".join(drawn)}</div>'
+
+
+def _attacks(report: UnlearningReport) -> str:
+    if not report.attacks:
+        return ""
+    names = list(report.attacks[0].result.before)
+    shown = next((name for name in names if name.startswith("forget")), names[0])
+    groups: dict[str, list[Bar]] = {}
+    for run in report.attacks:
+        after = run.result.after.get(shown, 0.0)
+        text = f"{run.result.before.get(shown, 0.0):.2f} → {after:.2f}"
+        groups.setdefault(run.result.name, []).append(Bar(after, COLOURS[run.model], text))
+    rows = [
+        [
+            run.result.name,
+            run.model,
+            f"{run.scale:.2f}",
+            *(f"{number(run.result.before.get(name))} → {number(run.result.after.get(name))}" for name in names),
+        ]
+        for run in report.attacks
+    ]
+    drawn = bars(list(groups.items()), title=f"{shown} after each attack")
+    return (
+        f'<h2>Attacks</h2><p>What comes back: {escape(shown)} after each attack. What an attack "recovers" of the '
+        f'retrained model, which never knew it, is the baseline.</p>{_key(report)}<div class="grid">'
+        f"{_figure('After each attack', drawn)}</div>{_table(['attack', 'model', 'scale', *names], rows)}"
+    )
+
+
+def _calibration(report: UnlearningReport) -> str:
+    found = report.calibration
+    if found is None:
+        return ""
+    chosen = "No scale will do" if found.scale is None else f"Chosen scale: {found.scale:.3f}"
+    rows = [[number(value) for value in point.values()] for point in found.curve]
+    steady = "" if found.monotone else " The measure is not monotone: only what was measured is known."
+    return (
+        f"<h2>Calibration</h2><p>{chosen} ({escape(found.metric)}, limit {number(found.limit)}).{steady} A weaker "
+        f"adapter forgets less deeply: compare the attacks at both scales.</p>{_table(list(found.curve[0]), rows)}"
+    )
+
+
+def _routing(report: UnlearningReport) -> str:
+    if not report.routing:
+        return ""
+    forget = report.sets_of("forget")[0]
+    layers = [shift for shift in report.routing if shift.set_name == forget]
+    targets = [tuple(pair) for pair in report.settings.get("target_experts") or ()]
+    places = {shift.layer_idx: place for place, shift in enumerate(layers)}
+    marked = [(places[layer], expert) for layer, expert in targets if layer in places]
+    labels = [str(shift.layer_idx) for shift in layers]
+    highest = max(max(*shift.affinity_off, *shift.affinity_on) for shift in layers)
+    maps = [
+        _figure(
+            f"Affinity for the forget set, adapter {state} (layer × expert)",
+            heat_map(
+                [getattr(shift, f"affinity_{state}") for shift in layers],
+                labels,
+                marked=marked,
+                highest=highest,
+                title=state,
+            ),
+        )
+        for state in ("off", "on")
+    ]
+    palette = dict(zip(report.roles, ("#c8374b", "#d98a94", "#2f6db5", "#6b7a8f", "#20877e", "#7a4fa3"), strict=False))
+    groups = [
+        (
+            f"layer {layer}",
+            [
+                Bar(shift.jaccard, palette.get(shift.set_name, "#999"), f"{shift.jaccard:.3f}")
+                for shift in report.routing
+                if shift.layer_idx == layer
+            ],
+        )
+        for layer in places
+    ]
+    sets = dict.fromkeys(shift.set_name for shift in report.routing)
+    key = "".join(f'<span><i style="background:{palette.get(name, "#999")}"></i>{escape(name)}</span>' for name in sets)
+    overlap = bars(groups, title="overlap of selected experts by layer and set")
+    return (
+        "<h2>Routing</h2><p>Do tokens still go where the base model sends them? Overlap (Jaccard) of the experts that "
+        "are selected with the adapter off and on; 1: the same. Framed: the unlearned experts.</p>"
+        f'<div class="grid">{"".join(maps)}<figure><figcaption>Overlap of selected experts</figcaption>'
+        f'<p class="key">{key}</p>{overlap}</figure></div>'
+    )
+
+
+def _answers(report: UnlearningReport) -> str:
+    """The forget questions that are answered best, and of other sets those that lost most: the worst of each."""
+    if report.examples is None or "rouge_l_recall_unlearned" not in report.examples.column_names:
+        return ""
+    rows: list[dict[str, Any]] = [row for row in report.examples if row["rouge_l_recall_unlearned"] is not None]
+    parts = []
+    for name, role in report.roles.items():
+        own = [row for row in rows if row["set"] == name]
+
+        def badness(row: Mapping[str, Any], role: str = role) -> float:
+            known = float(row["rouge_l_recall_unlearned"])
+            return known if role == "forget" else float(row["rouge_l_recall_base"]) - known
+
+        worst = sorted(own, key=badness, reverse=True)[:_NUM_ANSWERS] if role != "holdout" else []
+        if worst:
+            what = "most of the truth is still said" if role == "forget" else "most was lost"
+            cards = "".join(_card(row, list(report.scores)) for row in worst)
+            parts.append(f'<h3>{escape(name)}: where {what}</h3><div class="grid">{cards}</div>')
+    return f"<h2>Answers</h2>{''.join(parts)}" if parts else ""
+
+
+def _card(row: Mapping[str, Any], models: Sequence[str]) -> str:
+    said = "".join(
+        f"<dt>{escape(MODEL_NAMES[model])}, ROUGE-L {row[f'rouge_l_recall_{model}']:.2f}</dt>"
+        f"<dd>{escape(row[f'answer_{model}'] or '(nothing)')}</dd>"
+        for model in models
+    )
+    truth = f"<dt>truth</dt><dd>{escape(row['truth'])}</dd>"
+    return f"<article><h3>{escape(row['prompt'])}</h3><dl>{truth}{said}</dl></article>"
+
+
+def _footer(report: UnlearningReport) -> str:
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    cost = _table(["what", "value"], [[name, number(value)] for name, value in report.cost.items()])
+    settings = escape(json.dumps(dict(report.settings), indent=2))
+    return (
+        (f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "")
+        + (f"<h2>Cost</h2>{cost}" if report.cost else "")
+        + (f"<h2>Settings and versions</h2><pre>{settings}</pre>" if report.settings else "")
+    )
+
+
+def _bar(model: str, value: float) -> Bar:
+    return Bar(value, COLOURS[model], f"{value:.2f}")
+
+
+def _curve(curve: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
+    """Forget and retain score along the scale: of each set, the first measure."""
+    names = [next((name for name in curve[0] if name.startswith(f"{role}_")), None) for role in ("forget", "retain")]
+    if None in names:
+        return []
+    return [(point[str(names[0])], point[str(names[1])]) for point in curve]
+
+
+def _key(report: UnlearningReport) -> str:
+    spans = (f'<span><i style="background:{COLOURS[m]}"></i>{escape(MODEL_NAMES[m])}</span>' for m in report.scores)
+    return f'<p class="key">{"".join(spans)}</p>'
+
+
+def _figure(caption: str, drawn: str) -> str:
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{drawn}</figure>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,0 +1,163 @@
+"""A model's checkpoint on disk or on the Hub: which tensor is in which shard, and the model that it is for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from huggingface_hub import hf_hub_download, snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from uoe_peft.export.tensor_file import StoredTensor, TensorFile
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Weights in other formats would carry what was forgotten into the output.
+WEIGHT_SUFFIXES = frozenset(
+    (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".index", ".data")
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in safetensors format.
+
+    Attributes:
+        name: What it was asked for by.
+        folder: Where its files are.
+        revision: On the Hub; None for the newest, and for a folder.
+        weight_map: The shard of each tensor.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    weight_map: dict[str, str]
+    _files: dict[str, TensorFile] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, name: str | Path, *, revision: str | None = None) -> Checkpoint:
+        """Find a checkpoint; of one on the Hub only its small files are downloaded.
+
+        Args:
+            name: A folder, or a name on the Hub.
+            revision: On the Hub.
+
+        Raises:
+            ValueError: There are no safetensors weights, or an index is missing, or cannot be read.
+        """
+        folder = Path(name)
+        is_local = folder.is_dir()
+        if not is_local:
+            no_weights = [f"*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES)]
+            folder = Path(snapshot_download(str(name), revision=revision, ignore_patterns=[*no_weights, "*/*"]))
+        weight_map = _weight_map(folder, name, revision=revision, is_local=is_local)
+        return cls(str(name), folder, revision, weight_map)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder rather than a name on the Hub."""
+        return Path(self.name).is_dir()
+
+    @property
+    def shards(self) -> list[str]:
+        """File names of the weights."""
+        return sorted(set(self.weight_map.values()))
+
+    def shard(self, shard: str) -> TensorFile:
+        """A shard, downloaded first where it must be.
+
+        Raises:
+            ValueError: It is missing, or cut off.
+        """
+        if shard not in self._files:
+            path = self.folder / shard
+            if not self.is_local:
+                path = Path(hf_hub_download(self.name, shard, revision=self.revision))
+            elif not path.is_file():
+                raise ValueError(
+                    f"{self.folder} has no {shard}, which its {INDEX} names; download the checkpoint again"
+                )
+            self._files[shard] = TensorFile(path)
+        return self._files[shard]
+
+    def tensor(self, name: str) -> StoredTensor:
+        """Where a tensor lies in its shard.
+
+        Raises:
+            ValueError: The shard does not hold what the index says.
+        """
+        shard = self.weight_map[name]
+        stored = self.shard(shard).tensors.get(name)
+        if stored is None:
+            raise ValueError(f"{shard} of {self.name} has no tensor {name}, which its {INDEX} names")
+        return stored
+
+    @cached_property
+    def other_files(self) -> tuple[list[Path], list[str]]:
+        """Files beside the shards: those that belong to any copy of the model, and names of all others.
+
+        The others are weights in other formats, and folders.
+        """
+        kept, left = [], []
+        for path in sorted(self.folder.iterdir()):
+            if path.name in self.weight_map.values():
+                continue
+            is_small = path.is_file() and path.suffix not in WEIGHT_SUFFIXES
+            if is_small:
+                kept.append(path)
+            elif not path.name.startswith("."):
+                left.append(path.name)
+        return kept, left
+
+    def meta_model(self, *, trust_remote_code: bool = False) -> PreTrainedModel:
+        """The model without weights: names and shapes alone.
+
+        Args:
+            trust_remote_code: As in transformers.
+
+        Raises:
+            ValueError: The checkpoint is quantised.
+        """
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
+        quantised = getattr(config.get_text_config(), "quantization_config", None) or getattr(
+            config, "quantization_config", None
+        )
+        if quantised:
+            method = dict(quantised).get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+            raise ValueError(
+                f"{self.name} is quantised ({method}): its weights are stored with scales that an edit would have to "
+                "change, too; merge into the checkpoint that it was made from, and quantise the result"
+            )
+        with torch.device("meta"):
+            return _build(config, trust_remote_code=trust_remote_code)
+
+
+def _build(config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+    named = (config.architectures or [""])[0]
+    model_class = cast(Any, getattr(transformers, named, None))
+    if model_class is not None:
+        return cast(PreTrainedModel, model_class._from_config(config))
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+
+
+def _weight_map(folder: Path, name: str | Path, *, revision: str | None, is_local: bool) -> dict[str, str]:
+    if (folder / INDEX).is_file():
+        try:
+            return dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{folder / INDEX} cannot be read ({error!r}); download the checkpoint again") from error
+    if not is_local:
+        return dict.fromkeys(TensorFile(Path(hf_hub_download(str(name), SINGLE, revision=revision))).tensors, SINGLE)
+    if (folder / SINGLE).is_file():
+        return dict.fromkeys(TensorFile(folder / SINGLE).tensors, SINGLE)
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    if shards:
+        raise ValueError(f"{folder} has the shards {shards[:3]} but no {INDEX}; download or save the checkpoint again")
+    raise ValueError(f"{folder} has no {SINGLE}: expected a checkpoint in safetensors format")
