@@ -28,6 +28,7 @@ from uoe_peft.evaluation.suites import QuestionSet, Suite, plain_suite
 from uoe_peft.evaluation.suites.suite import OPTIONS
 from uoe_peft.evaluation.summary import answer_scores, example_table, fluency_metrics, model_metrics, scores_by_value
 from uoe_peft.evaluation.switching import adapter_off, answering, scaled
+from uoe_peft.moe.passes import find_streamed
 
 _VERSIONS = ("uoe-peft", "torch", "transformers", "peft", "datasets")
 
@@ -122,7 +123,9 @@ def evaluate_unlearning(
         )
         runs, refused = _attack_all(model, retrained_model, attacks, score, calibration)
         notes += refused
-    if not results["base"].routing:
+    if find_streamed(model) is not None:
+        notes.append("the model was streamed from disk: no answers were generated, and routing was not compared")
+    elif not results["base"].routing:
         notes.append(f"{type(model.get_base_model()).__name__} has no routed experts: there is no routing to compare")
     return UnlearningReport(
         scores={
@@ -167,7 +170,8 @@ def _measure_all(
     asking: Asking,
     calibration: Calibration | None,
 ) -> dict[ModelName, Measured]:
-    num_experts = has_routed_experts(model)
+    # Routing is read after a pass, when a streamed model has gone on to the next layer.
+    num_experts = {} if find_streamed(model) is not None else has_routed_experts(model)
     states: dict[ModelName, Callable[[], AbstractContextManager[Any]]] = {
         "base": lambda: adapter_off(model),
         "unlearned": nullcontext,

@@ -16,8 +16,8 @@ T = TypeVar("T")
 Pass = Callable[[], T]
 """A function without arguments that runs one forward pass of the model, and may read what it says."""
 
-Read = Callable[[int, int], Tensor]
-"""`read(position, layer_idx)`: what is to be kept of a layer, once the pass at a position has run it; on the CPU."""
+Read = Callable[[int, int], Tensor | None]
+"""`read(position, layer_idx)`: what is to be kept of a layer, once the pass at a position has run it; None: nothing."""
 
 
 @runtime_checkable
@@ -26,7 +26,7 @@ class RunsLayerByLayer(Protocol):
 
     def run_layer_by_layer(
         self, passes: Sequence[Pass[T]], *, layer_indices: Sequence[int], read: Read
-    ) -> Iterator[tuple[T, list[Tensor]]]:
+    ) -> Iterator[tuple[T, list[Tensor | None]]]:
         """See :func:`run_passes`."""
         ...
 
@@ -50,7 +50,7 @@ def keep_layers(model: nn.Module, layer_indices: Iterable[int]) -> None:
 
 def run_passes(
     model: nn.Module, passes: Iterable[Pass[T]], *, layer_indices: Sequence[int] = (), read: Read | None = None
-) -> Iterator[tuple[T, list[Tensor]]]:
+) -> Iterator[tuple[T, list[Tensor | None]]]:
     """The results of many passes, and what was read of layers while they ran.
 
     Args:
@@ -59,7 +59,8 @@ def run_passes(
             each is called once for every layer, and ended by an exception where that layer has run: they must have no
             effect but what they return.
         layer_indices: Decoder layers to read, rising.
-        read: What to read of them. Hooks that it looks into hold what its pass and layer have just done.
+        read: What to read of them. Hooks that it looks into hold what its pass and layer have just done. If it returns
+            nothing, a streamed run that is stopped begins anew.
 
     Yields:
         For each pass, in order, its result and what was read of each of the layers.
@@ -74,5 +75,5 @@ def run_passes(
         yield result, [look(position, layer_idx) for layer_idx in layer_indices]
 
 
-def _nothing(position: int, layer_idx: int) -> Tensor:
-    raise AssertionError("there is nothing to read")
+def _nothing(position: int, layer_idx: int) -> None:
+    return None

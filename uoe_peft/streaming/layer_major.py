@@ -58,7 +58,7 @@ class LayerSweeps(Generic[T]):
         self._embedded = embedded
         self._sizes: list[tuple[int, int]] = []  # tokens and bytes of each pass
         self._results: dict[int, T] = {}
-        self._readings: dict[int, dict[int, Tensor]] = {}
+        self._readings: dict[int, dict[int, Tensor | None]] = {}
 
     def embed(self) -> str:
         """Run the token embedding for all passes.
@@ -97,14 +97,15 @@ class LayerSweeps(Generic[T]):
                 handle.remove()
         return digest.hexdigest()
 
-    def run(self, states: States, *, show_progress: bool) -> Iterator[tuple[T, list[Tensor]]]:
+    def run(self, states: States, *, show_progress: bool) -> Iterator[tuple[T, list[Tensor | None]]]:
         """Take all passes through the layers; results in order, as soon as they are there.
 
         Raises:
             UnsupportedModelError: A pass ends before a layer that is to be read.
             ValueError: The disk has no room for the states.
         """
-        finished, self._readings = states.finished()
+        finished, readings = states.finished()
+        self._readings = {index: dict(values) for index, values in readings.items()}
         states.check_room(sum(size for _, size in self._sizes))
         num_out = 0
         for layer_idx in self._bar(range(finished + 1, len(self._layers)), show=show_progress):
@@ -121,8 +122,10 @@ class LayerSweeps(Generic[T]):
                         num_out += 1
             if num_out == len(self._passes):
                 return
-            if not num_out and not self._results:
-                states.finish(layer_idx, self._readings)
+            kept = {index: _tensors(values) for index, values in self._readings.items()}
+            # What was handed out already, or kept by the reader itself, would be missing in another process.
+            if not num_out and not self._results and len(self._readings) == sum(map(bool, kept.values())):
+                states.finish(layer_idx, kept)
 
     def _through(self, layer_idx: int, position: int, states: States) -> None:
         """Take a pass through a layer, and read what is to be read of it."""
@@ -163,7 +166,7 @@ class LayerSweeps(Generic[T]):
         finally:
             embedding.forward = own
 
-    def _readings_of(self, position: int) -> list[Tensor]:
+    def _readings_of(self, position: int) -> list[Tensor | None]:
         unread = [index for index in self._layer_indices if position not in self._readings.get(index, {})]
         if unread:
             raise UnsupportedModelError(f"a pass ended before layer {unread[0]}, which was to be read")
@@ -188,6 +191,12 @@ def _until_stop(run: Pass[T]) -> tuple[bool, Any]:
         return True, run()
     except Stop:
         return False, None
+
+
+def _tensors(readings: Mapping[int, Tensor | None]) -> dict[int, Tensor]:
+    """What was read of a layer; empty where a part of it is nothing."""
+    found = {position: value for position, value in readings.items() if value is not None}
+    return found if len(found) == len(readings) else {}
 
 
 def _update(digest: Any, values: Sequence[Any]) -> None:

@@ -109,7 +109,7 @@ class StreamedModel(nn.Module):
 
     def run_layer_by_layer(
         self, passes: Sequence[Pass[T]], *, layer_indices: Sequence[int], read: Read
-    ) -> Iterator[tuple[T, list[Tensor]]]:
+    ) -> Iterator[tuple[T, list[Tensor | None]]]:
         """Results of many passes, all of which go through a layer before the next one is read.
 
         Arguments as in :func:`uoe_peft.moe.passes.run_passes`.

@@ -168,11 +168,13 @@ class Residence:
         if absent:
             raise ValueError(f"the checkpoint has no {absent[0]} ({len(absent)} tensors of {key!r} are missing)")
         self._here.add(key)
-        for slot in self._slots[key]:
-            uses[slot.name] -= 1
-            # What is not needed again is let go at once: narrow and wide copies of a layer are not all there together.
-            value = read[slot.name] if uses[slot.name] else read.pop(slot.name)
-            slot.put(value.to(self.device, slot.absent.dtype))
+        # Whoever brings a layer in may be in inference mode; the next one to use it may be training.
+        with torch.inference_mode(False):
+            for slot in self._slots[key]:
+                uses[slot.name] -= 1
+                # Let go at once of what is not needed again: a layer's narrow and wide copies are never both whole.
+                value = read[slot.name] if uses[slot.name] else read.pop(slot.name)
+                slot.put(value.to(self.device, slot.absent.dtype))
 
     def _check_room(self, keys: Iterable[PartKey]) -> None:
         needed, there = sum(self.num_bytes(key) for key in keys), physical_memory()
