@@ -196,10 +196,11 @@ def _fluency(
     sets: Mapping[str, Asked],
     asking: Asking,
 ) -> dict[ModelName, dict[str, float]]:
-    """By model; empty where the first forget or retain set has nothing to answer."""
+    """By model; empty where the first forget or retain set has nothing to answer, or nothing was said."""
     roles = {role: suite.of_role(role)[0].name for role in ("forget", "retain")}
     asked = {role: sets[name] for role, name in roles.items()}
-    if any(isinstance(questions, Choices) or not questions.prompts for questions in asked.values()):
+    nothing_said = find_streamed(model) is not None
+    if nothing_said or any(isinstance(own, Choices) or not own.prompts for own in asked.values()):
         return {}
     truth = [text for questions in asked.values() for text in questions.references]  # type: ignore[union-attr]
     answered = {
