@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,16 +180,12 @@ def stages(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         return StreamedModel.from_pretrained(folder, dtype="float32", show_progress=options.progress)
 
     model = run("open", opened)
-    attribution = run("attribute", lambda: attribute_experts(model, forget, processing_class=tokenizer, **reading))
+    attribution = run("attribute", partial(attribute_experts, model, forget, processing_class=tokenizer, **reading))
+    del model
     target = attribution.top(1)
     if options.solve:
-        run(
-            "solve",
-            lambda: solve_unlearning(
-                model, forget, retain, processing_class=tokenizer, target_experts=target, **reading
-            ),
-        )
-    del model
+        solving: dict[str, Any] = {**reading, "processing_class": tokenizer, "target_experts": target}
+        run("solve", lambda: solve_unlearning(opened(), forget, retain, **solving))
     args = UnlearningConfig(
         output_dir=str(folder / "adapter"),
         forget_loss="rmu",
