@@ -33,6 +33,7 @@ from uoe_peft.evaluation.score import SuiteScore
 from uoe_peft.evaluation.suites import QuestionSet, Suite, plain_suite
 from uoe_peft.evaluation.suites.suite import OPTIONS
 from uoe_peft.evaluation.switching import adapter_off, answering, scaled
+from uoe_peft.moe.passes import find_streamed
 
 
 class Attack(Protocol):
@@ -125,7 +126,9 @@ def evaluate_unlearning(
         )
         runs, refused = _attack_all(model, retrained_model, attacks, score, calibration)
         notes += refused
-    if not results["base"].routing:
+    if find_streamed(model) is not None:
+        notes.append("the model was streamed from disk: no answers were generated, and routing was not compared")
+    elif not results["base"].routing:
         notes.append(f"{type(model.get_base_model()).__name__} has no routed experts: there is no routing to compare")
     return UnlearningReport(
         scores={
@@ -170,7 +173,8 @@ def _measure_all(
     asking: Asking,
     calibration: Calibration | None,
 ) -> dict[ModelName, Measured]:
-    num_experts = has_routed_experts(model)
+    # Routing is read after a pass, when a streamed model has gone on to the next layer.
+    num_experts = {} if find_streamed(model) is not None else has_routed_experts(model)
     states: dict[ModelName, Callable[[], AbstractContextManager[Any]]] = {
         "base": lambda: adapter_off(model),
         "unlearned": nullcontext,
@@ -195,10 +199,11 @@ def _fluency(
     sets: Mapping[str, Asked],
     asking: Asking,
 ) -> dict[ModelName, dict[str, float]]:
-    """By model; empty where the first forget or retain set has nothing to answer."""
+    """By model; empty where the first forget or retain set has nothing to answer, or nothing was said."""
     roles = {role: suite.of_role(role)[0].name for role in ("forget", "retain")}
     asked = {role: sets[name] for role, name in roles.items()}
-    if any(isinstance(questions, Choices) or not questions.prompts for questions in asked.values()):
+    nothing_said = find_streamed(model) is not None
+    if nothing_said or any(isinstance(own, Choices) or not own.prompts for own in asked.values()):
         return {}
     truth = [text for questions in asked.values() for text in questions.references]  # type: ignore[union-attr]
     answered = {
