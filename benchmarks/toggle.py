@@ -49,7 +49,7 @@ def _measure(num_experts: int, *, repeats: int, device: str) -> list[dict[str, o
 
 def _measure_delta(num_experts: int, delta_type: str, *, repeats: int, device: str) -> dict[str, object]:
     model = _model(num_experts, delta_type, device=device)
-    stack = model.get_base_model().model.layers[0].mlp.experts.gate_up_proj
+    stack = model.get_base_model().model.layers[0].mlp.experts.get_base_layer().gate_up_proj
     source = torch.randn(3 * HIDDEN_SIZE * INTERMEDIATE_SIZE, device=device).to(stack.dtype)
     target = torch.empty_like(source)
     times: dict[str, list[float]] = {"merge": [], "unmerge": [], "copy": []}

@@ -20,6 +20,7 @@ from uoe_peft.attribution.sampling import SampleBatches, sample_batches
 from uoe_peft.attribution.scores import Gate, Score, contrast, random_affinity
 from uoe_peft.attribution.summary import warn_if_doubtful
 from uoe_peft.data.tokenization import ProcessingClass
+from uoe_peft.moe.passes import find_streamed
 from uoe_peft.moe.routing import select_blocks
 
 
@@ -85,11 +86,16 @@ def attribute_experts(
         TypeError: A set is not a `Dataset` or `IterableDataset`.
         ValueError: An unknown score or gate; a number out of range; "contrast" without a retain set; a set that is
             empty or has no usable columns or answers; NaN or infinite router scores; `layer_indices` names a layer
-            without routed experts.
+            without routed experts; "ablation" or "gradient" of a streamed model.
     """
     _check_choices(score=score, gate=gate, num_candidates=num_candidates, num_resamples=num_resamples)
     if score == "contrast" and retain_dataset is None:
         raise ValueError("score='contrast' needs retain_dataset; pass one, or use score='gate'")
+    if score in ("ablation", "gradient") and find_streamed(model) is not None:
+        raise ValueError(
+            f"score={score!r} needs passes through the whole model for each candidate or backwards, which a streamed "
+            "model would read from disk again and again; use 'gate', 'token_ratio' or 'contrast'"
+        )
     blocks = select_blocks(model, layer_indices)
     layers, num_experts = tuple(block.layer_idx for block in blocks), common_num_experts(blocks)
     settings = _Settings(layers, max_tokens, batch_size, max_length, include_prompt, num_resamples, seed, show_progress)

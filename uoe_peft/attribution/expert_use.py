@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ from uoe_peft.attribution.streaming import SequenceMean
 from uoe_peft.moe.blocks import MoEBlock
 from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.interventions import run_until_routed
-from uoe_peft.moe.routing import RoutingTrace, record_routing, select_blocks
+from uoe_peft.moe.passes import Pass, run_passes
+from uoe_peft.moe.routing import record_routing, select_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,19 +112,30 @@ def measure_expert_use(
     mean = SequenceMean((len(STATISTICS), len(layers), num_experts), num_resamples=num_resamples, seed=seed)
     device = input_device(model)
     num_tokens = top_k = 0
+    masks: dict[int, Tensor] = {}
+
+    def read(position: int, layer_idx: int) -> Tensor:
+        nonlocal top_k
+        routing = trace[layer_idx]
+        top_k = routing.top_k_index.shape[1]
+        return sequence_means(routing, masks[position].to(routing.scores.device), num_experts=num_experts)
+
+    def passes() -> Iterator[Pass[int]]:
+        for position, batch in enumerate(batches):
+            masks[position] = counted_tokens(batch, include_prompt=include_prompt, name=name)
+            inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+            yield partial(_run, run, inputs)
+
     with (
         evaluation_mode(model),
         progress_bar(batches.num_tokens, f"Reading {name} set", show=show_progress) as bar,
         record_routing(model, layer_indices=layers) as trace,
         run_until_routed(model, layers[-1]) as run,
     ):
-        for batch in batches:
-            mask = counted_tokens(batch, include_prompt=include_prompt, name=name)
-            run(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
-            mean.add(_finite(_means_of_batch(trace, mask, num_experts), layers, name=name))
-            num_tokens += int(mask.sum())
-            top_k = trace[layers[0]].top_k_index.shape[1]
-            bar.update(int(batch["attention_mask"].sum()))
+        for position, (num_read, means) in enumerate(run_passes(model, passes(), layer_indices=layers, read=read)):
+            mean.add(_finite(_of_all_layers(cast(list[Tensor], means)), layers, name=name))
+            num_tokens += int(masks.pop(position).sum())
+            bar.update(num_read)
     softmax, applied, token_ratio = mean.mean()
     use = ExpertUse(softmax, applied, token_ratio, mean.num_sequences, num_tokens, top_k, batches.fingerprint)
     return use, Resamples(mean.resampled_means(), mean.half_means())
@@ -151,12 +165,14 @@ def common_num_experts(blocks: Sequence[MoEBlock]) -> int:
     return blocks[0].num_experts
 
 
-def _means_of_batch(trace: RoutingTrace, mask: Tensor, num_experts: int) -> Tensor:
+def _run(run: Callable[..., None], inputs: Mapping[str, Tensor]) -> int:
+    """Run a pass; the number of tokens that it reads."""
+    run(**inputs)
+    return int(inputs["attention_mask"].sum())
+
+
+def _of_all_layers(means: Sequence[Tensor]) -> Tensor:
     """Each sequence's means in all layers, on the CPU. Shape `(B, 3, L, E)`."""
-    means = []
-    for layer_idx in trace:
-        routing = trace[layer_idx]
-        means.append(sequence_means(routing, mask.to(routing.scores.device), num_experts=num_experts))
     # One transfer for the batch: a wait for the device in every layer would cost more than the arithmetic.
     stacked = torch.stack([part.to(means[0].device) for part in means])  # (L, 3, B, E)
     return stacked.cpu().permute(2, 1, 0, 3)

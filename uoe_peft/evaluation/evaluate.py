@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
-from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset, IterableDataset
@@ -19,18 +17,24 @@ from uoe_peft.data.tokenization import text_tokenizer
 from uoe_peft.evaluation.attacks.result import AttackResult, Score, Scores
 from uoe_peft.evaluation.calibration import Calibration
 from uoe_peft.evaluation.evidence import CostClock, adapter_cost, has_routed_experts, routing_shifts
+from uoe_peft.evaluation.evidence.settings import settings_of
 from uoe_peft.evaluation.likelihood import vocab_size
 from uoe_peft.evaluation.measure import AnyModel, Asked, Asking, Measured, fluency, measure
 from uoe_peft.evaluation.questions import Choices, choices_of, questions_of, sample
 from uoe_peft.evaluation.report import MODELS, AttackRun, ModelName, UnlearningReport
+from uoe_peft.evaluation.report.summary import (
+    answer_scores,
+    example_table,
+    fluency_metrics,
+    model_metrics,
+    scores_by_value,
+)
 from uoe_peft.evaluation.score import SuiteScore
 from uoe_peft.evaluation.suites import QuestionSet, Suite, plain_suite
 from uoe_peft.evaluation.suites.suite import OPTIONS
-from uoe_peft.evaluation.summary import answer_scores, example_table, fluency_metrics, model_metrics, scores_by_value
 from uoe_peft.evaluation.switching import adapter_off, answering, scaled
+from uoe_peft.moe.passes import find_streamed
 from uoe_peft.precision import say_if_slow
-
-_VERSIONS = ("uoe-peft", "torch", "transformers", "peft", "datasets")
 
 
 class Attack(Protocol):
@@ -124,7 +128,9 @@ def evaluate_unlearning(
         )
         runs, refused = _attack_all(model, retrained_model, attacks, score, calibration)
         notes += refused
-    if not results["base"].routing:
+    if find_streamed(model) is not None:
+        notes.append("the model was streamed from disk: no answers were generated, and routing was not compared")
+    elif not results["base"].routing:
         notes.append(f"{type(model.get_base_model()).__name__} has no routed experts: there is no routing to compare")
     return UnlearningReport(
         scores={
@@ -138,7 +144,7 @@ def evaluate_unlearning(
         attacks=tuple(runs),
         calibration=calibration,
         roles={part.name: part.role for part in suite.sets},
-        settings=_settings(model, suite, sets, asking, max_length=max_length, max_examples=max_examples, seed=seed),
+        settings=settings_of(model, suite, sets, asking, max_length=max_length, max_examples=max_examples, seed=seed),
         cost=adapter_cost(model) | clock.read(),
         examples=example_table(results, suite, sets, _prompt_texts(sets, asking.tokenizer)),
     )
@@ -169,7 +175,8 @@ def _measure_all(
     asking: Asking,
     calibration: Calibration | None,
 ) -> dict[ModelName, Measured]:
-    num_experts = has_routed_experts(model)
+    # Routing is read after a pass, when a streamed model has gone on to the next layer.
+    num_experts = {} if find_streamed(model) is not None else has_routed_experts(model)
     states: dict[ModelName, Callable[[], AbstractContextManager[Any]]] = {
         "base": lambda: adapter_off(model),
         "unlearned": nullcontext,
@@ -194,10 +201,11 @@ def _fluency(
     sets: Mapping[str, Asked],
     asking: Asking,
 ) -> dict[ModelName, dict[str, float]]:
-    """By model; empty where the first forget or retain set has nothing to answer."""
+    """By model; empty where the first forget or retain set has nothing to answer, or nothing was said."""
     roles = {role: suite.of_role(role)[0].name for role in ("forget", "retain")}
     asked = {role: sets[name] for role, name in roles.items()}
-    if any(isinstance(questions, Choices) or not questions.prompts for questions in asked.values()):
+    nothing_said = find_streamed(model) is not None
+    if nothing_said or any(isinstance(own, Choices) or not own.prompts for own in asked.values()):
         return {}
     truth = [text for questions in asked.values() for text in questions.references]  # type: ignore[union-attr]
     answered = {
@@ -255,38 +263,6 @@ def _prompt_texts(sets: Mapping[str, Asked], tokenizer: PreTrainedTokenizerBase)
         for place, prompt in zip(asked.asked, asked.prompts, strict=True):
             texts[name][place] = str(tokenizer.decode(prompt, skip_special_tokens=True))
     return texts
-
-
-def _settings(
-    model: PeftModel, suite: Suite, sets: Mapping[str, Asked], asking: Asking, **others: Any
-) -> dict[str, Any]:
-    config = model.active_peft_config
-    targets = getattr(config, "target_experts", None)
-    return {
-        "suite": suite.name,
-        "examples": {name: len(asked.columns) for name, asked in sets.items()},
-        "model": _model_name(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "adapter": str(getattr(config.peft_type, "value", config.peft_type)),
-        "target_experts": [list(pair) for pair in targets] if isinstance(targets, (list, tuple)) else None,
-        "batch_size": asking.batch_size,
-        "max_new_tokens": asking.max_new_tokens,
-        **others,
-        "versions": {name: _version(name) for name in _VERSIONS},
-    }
-
-
-def _model_name(model: PeftModel) -> str:
-    """Its name on the Hub, or the end of its folder's path: where a report was made says nothing to its readers."""
-    name = str(getattr(model.config, "_name_or_path", "")) or type(model.get_base_model()).__name__
-    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _check(model: object, retrained_model: nn.Module | None, **counts: int) -> None:

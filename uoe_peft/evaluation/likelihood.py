@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from uoe_peft.data import IGNORE_INDEX, collate
 from uoe_peft.evaluation.batching import batches_by_length
 from uoe_peft.evaluation.metrics import AnswerTokens, answer_tokens
+from uoe_peft.moe.passes import run_passes
 
 Watch = Callable[[list[int], Tensor], None]
 
@@ -45,16 +47,20 @@ def score_answers(
     check_vocabulary(model, examples, desc=desc)
     found: list[AnswerTokens | None] = [None] * len(examples)
     lengths = [len(example["input_ids"]) for example in examples]
+    grouped = list(batches_by_length(lengths, batch_size=batch_size))
+
+    def score(rows: list[int]) -> tuple[list[AnswerTokens], Tensor]:
+        batch = collate([examples[row] for row in rows], pad_token_id=0)
+        input_ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        try:
+            return answer_tokens(logits, labels), mask
+        except ValueError as error:
+            raise ValueError(f"{desc}, a batch with the examples {rows[:5]}...: {error}") from error
+
     with tqdm(total=len(examples), desc=desc, unit="answer", leave=False) as bar:
-        for rows in batches_by_length(lengths, batch_size=batch_size):
-            batch = collate([examples[row] for row in rows], pad_token_id=0)
-            tensors = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
-            input_ids, mask, labels = tensors
-            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-            try:
-                scored = answer_tokens(logits, labels)
-            except ValueError as error:
-                raise ValueError(f"{desc}, a batch with the examples {rows[:5]}...: {error}") from error
+        passes = run_passes(model, (partial(score, rows) for rows in grouped))
+        for rows, ((scored, mask), _) in zip(grouped, passes, strict=True):
             for row, tokens in zip(rows, scored, strict=True):
                 found[row] = AnswerTokens(tokens.log_probs.cpu(), tokens.is_argmax.cpu(), tokens.standardised.cpu())
             if watch is not None:
@@ -94,14 +100,23 @@ def choice_nll(
         wanted[places[tuple(option["input_ids"][:-1])]].append(number)
     found = [0.0] * len(options)
     sequences = list(passed)
+
+    def score(rows: list[int]) -> dict[int, float]:
+        batch = collate([{"input_ids": sequences[row]} for row in rows], pad_token_id=0)
+        input_ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        return {
+            number: _mean_nll(row_logits, options[number], desc=desc)
+            for row, row_logits in zip(rows, logits, strict=True)
+            for number in wanted[row]
+        }
+
+    grouped = list(batches_by_length([len(ids) for ids in sequences], batch_size=batch_size))
     with tqdm(total=len(sequences), desc=desc, unit="question", leave=False) as bar:
-        for rows in batches_by_length([len(ids) for ids in sequences], batch_size=batch_size):
-            batch = collate([{"input_ids": sequences[row]} for row in rows], pad_token_id=0)
-            input_ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
-            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-            for row, row_logits in zip(rows, logits, strict=True):
-                for number in wanted[row]:
-                    found[number] = _mean_nll(row_logits, options[number], desc=desc)
+        passes = run_passes(model, (partial(score, rows) for rows in grouped))
+        for rows, (scored, _) in zip(grouped, passes, strict=True):
+            for number, value in scored.items():
+                found[number] = value
             bar.update(len(rows))
     values = iter(found)
     return [[next(values) for _ in question] for question in questions]

@@ -30,6 +30,7 @@ from uoe_peft.evaluation.metrics import (
 from uoe_peft.evaluation.questions import Choices, Questions
 from uoe_peft.evaluation.resume import AnswerStore, model_key
 from uoe_peft.evaluation.switching import answering
+from uoe_peft.moe.passes import find_streamed
 from uoe_peft.moe.routing import record_routing
 
 Asked = Questions | Choices
@@ -157,7 +158,7 @@ def _spelled(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any]) -> 
 
 
 def _answers(model: AnyModel, asked: Questions, asking: Asking, store: AnswerStore, *, desc: str) -> list[str]:
-    if not asked.prompts:
+    if not asked.prompts or find_streamed(model) is not None:  # every new token would read the checkpoint again
         return []
     return greedy_answers(
         model,
@@ -171,7 +172,9 @@ def _answers(model: AnyModel, asked: Questions, asking: Asking, store: AnswerSto
 
 
 def _add_answers(rows: list[Row], asked: Questions, answers: Sequence[str]) -> None:
-    recalls = rouge_l_recall(answers, asked.references) if answers else []
+    if not answers:
+        return
+    recalls = rouge_l_recall(answers, asked.references)
     for place, answer, recall in zip(asked.asked, answers, recalls, strict=True):
         rows[place] |= {"answer": answer, "rouge_l_recall": recall, "repetition": repetition(answer)}
 

@@ -73,7 +73,7 @@ def relative_difference(
 
 def tolerance(model: nn.Module) -> float:
     """Largest relative difference that counts as rounding, in the dtype that the model or autocast computes in."""
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    parameter = next(p for p in model.parameters() if p.is_floating_point() and not p.is_meta)
     device = parameter.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else parameter.dtype

@@ -109,7 +109,7 @@ def record_layer_input(layers: nn.Module, layer_idx: int) -> Iterator[list[Layer
     recorded: list[LayerState] = []
 
     def keep(layer: nn.Module, args: tuple[Any, ...], output: LayerState) -> None:
-        recorded[:] = [_detach(output)]
+        recorded[:] = [detached(output)]
 
     handle = _below(layers, layer_idx)[-1].register_forward_hook(keep)
     try:
@@ -194,11 +194,12 @@ def _below(layers: nn.Module, layer_idx: int) -> list[nn.Module]:
     return [children[str(index)] for index in range(layer_idx)]
 
 
-def _detach(output: Any) -> Any:
+def detached(output: Any) -> Any:
+    """What a layer returns, without its graph."""
     if isinstance(output, Tensor):
         return output.detach()
     if isinstance(output, tuple):
-        return tuple(_detach(part) for part in output)
+        return tuple(detached(part) for part in output)
     return output
 
 
@@ -207,7 +208,7 @@ def output_of(module: nn.Module, model: nn.Module, inputs: Mapping[str, Any]) ->
     reached: list[Any] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        reached.append(_detach(output))
+        reached.append(detached(output))
         raise _Reached
 
     handle = module.register_forward_hook(stop)

@@ -6,6 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from uoe_peft.data import Batch
 from uoe_peft.moe import MoEBlock
 from uoe_peft.moe.interventions import run_until_routed
+from uoe_peft.moe.passes import Pass, run_passes
 from uoe_peft.moe.router_inputs import record_router_input
 from uoe_peft.moe.routing import select_blocks
 from uoe_peft.moe.slice_inputs import ExpertInputs, record_expert_inputs
@@ -108,15 +110,25 @@ def _read(
         experts = {b.layer_idx: enter(record_expert_inputs(model, b, by_layer[b.layer_idx])) for b in blocks}
         inputs = {b.layer_idx: enter(record_router_input(b)) for b in blocks if routers}
         run = enter(run_until_routed(model, blocks[-1].layer_idx))
-        for batch in batches:
-            mask = batch["attention_mask"].to(device)
-            run(input_ids=batch["input_ids"].to(device), attention_mask=mask)
-            for slice_name, weighted in _weighted_inputs(experts, inputs, by_layer, mask.flatten().bool()):
+        masks: dict[int, Tensor] = {}
+
+        def passes() -> Iterator[Pass[None]]:
+            for position, batch in enumerate(batches):
+                masks[position] = batch["attention_mask"].to(device)
+                yield partial(run, input_ids=batch["input_ids"].to(device), attention_mask=masks[position])
+
+        def read(position: int, layer_idx: int) -> None:
+            of_layer = {layer_idx: experts[layer_idx]}
+            for slice_name, weighted in _weighted_inputs(of_layer, inputs, by_layer, masks[position].flatten().bool()):
                 if slice_name not in sums:
                     sums[slice_name] = _Sums(weighted.shape[1], weighted.device)
                 sums[slice_name].add(weighted)
-            num_tokens += int(mask.sum())
-            bar.update(int(mask.sum()))
+
+        layer_indices = [block.layer_idx for block in blocks]
+        for position, _ in enumerate(run_passes(model, passes(), layer_indices=layer_indices, read=read)):
+            num_read = int(masks.pop(position).sum())
+            num_tokens += num_read
+            bar.update(num_read)
     return sums, num_tokens
 
 

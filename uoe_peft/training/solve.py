@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -23,6 +24,7 @@ from uoe_peft.data.tokenization import ProcessingClass
 from uoe_peft.losses import control_direction
 from uoe_peft.moe import find_moe_blocks
 from uoe_peft.moe.evaluation_mode import evaluation_mode
+from uoe_peft.moe.passes import run_passes
 from uoe_peft.moments import Moments, SliceName, measure_moments, ridge_delta, steering_change
 from uoe_peft.training.objective.forward import forward_answers
 from uoe_peft.training.optim.projection import EditedParameter, edited_parameters
@@ -287,11 +289,16 @@ def _accuracy(model: PeftModel, batches: SampleBatches) -> float:
     """Share of the answer tokens of a sample that are the most likely ones."""
     right = total = 0.0
     with evaluation_mode(model):
-        for batch in batches:
-            outputs = forward_answers(model, _on_device(model, batch))
-            right += float(outputs.accuracy) * len(outputs.targets)
-            total += len(outputs.targets)
+        for (accuracy, num_tokens), _ in run_passes(model, (partial(_read_answers, model, batch) for batch in batches)):
+            right += accuracy * num_tokens
+            total += num_tokens
     return right / max(total, 1)
+
+
+def _read_answers(model: PeftModel, batch: Batch) -> tuple[float, int]:
+    """Share of a batch's answer tokens that are the most likely ones, and their number."""
+    outputs = forward_answers(model, _on_device(model, batch))
+    return float(outputs.accuracy), len(outputs.targets)
 
 
 def _on_device(model: PeftModel, batch: Batch) -> Batch:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from uoe_peft.data import Batch, PairedDataset, UnlearningCollator
 from uoe_peft.moe.interventions import find_decoder
+from uoe_peft.moe.passes import find_streamed
 from uoe_peft.moe.routing import RoutingTrace, record_routing
 from uoe_peft.precision import say_if_slow
 from uoe_peft.training.auto import resolve_auto
@@ -229,7 +230,8 @@ class UnlearningTrainer(CalibratingTrainer, OptimisingTrainer, SavingTrainer, Ev
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         routing = self._routing() if self._trace is None else nullcontext(self._trace)
         with routing as trace, self._reusing(inputs):
-            counts, logged = self._step.counts, self._is_logged_step()
+            # What is only logged must not read the layers above the loss from disk.
+            counts, logged = self._step.counts, self._is_logged_step() and find_streamed(self.model) is None
             step = self.objective.step(model, inputs, trace, counts, with_likelihood=logged)
         self._record(step, inputs)
         return (step.loss(self.args), step.outputs) if return_outputs else step.loss(self.args)

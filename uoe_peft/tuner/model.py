@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from uoe_peft.moe.passes import keep_layers
 from uoe_peft.tuner.arguments import as_number
 from uoe_peft.tuner.combining import check_combination, combined_config
 from uoe_peft.tuner.config import UOEConfig
@@ -59,6 +60,7 @@ class UOEModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         self._targets = find_targets(peft_config, model)
+        keep_layers(model, {target.block.layer_idx for target in self._targets.values()})
         peft_config.target_modules = set(self._targets)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]

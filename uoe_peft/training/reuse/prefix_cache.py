@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from uoe_peft.data import Batch, collate
 from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.exactness import fill_padding, relative_difference, tolerance
+from uoe_peft.moe.passes import run_passes
 from uoe_peft.moe.segments import LayerState, find_layers, run_from_layer, run_until_layer
 from uoe_peft.training.reuse.edited import lowest_edited_layer
 from uoe_peft.training.reuse.store import (
@@ -245,15 +247,20 @@ def _compute(
     row: Tensor,
 ) -> StateStore:
     def states() -> Iterator[tuple[str, Tensor]]:
-        for start in range(0, len(sequences), source.batch_size):
-            chunk = sequences[start : start + source.batch_size]
-            hidden = _hidden_states(source.state(layer_idx, source.batch([ids for _, ids in chunk]))).cpu()
-            for (digest, ids), values in zip(chunk, hidden, strict=True):
+        starts = range(0, len(sequences), source.batch_size)
+        chunks = [sequences[start : start + source.batch_size] for start in starts]
+        passes = (partial(_state_of, source, layer_idx, chunk) for chunk in chunks)
+        for chunk, (state, _) in zip(chunks, run_passes(source.model, passes), strict=True):
+            for (digest, ids), values in zip(chunk, _hidden_states(state).cpu(), strict=True):
                 yield digest, values[: len(ids)]
 
     num_tokens = sum(len(ids) for _, ids in sequences)
     with evaluation_mode(source.model):
         return write_store(folder, key, states(), num_tokens=num_tokens, row=row)
+
+
+def _state_of(source: PrefixSource, layer_idx: int, chunk: Sequence[tuple[str, Sequence[int]]]) -> LayerState:
+    return source.state(layer_idx, source.batch([ids for _, ids in chunk]))
 
 
 def _hidden_states(state: LayerState) -> Tensor:

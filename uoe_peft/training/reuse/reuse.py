@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from uoe_peft.data import Batch
+from uoe_peft.moe.passes import find_streamed, keep_layers
+from uoe_peft.moe.segments import find_layers
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.objective.objective import Objective
 from uoe_peft.training.objective.reference import Reference
@@ -93,6 +95,7 @@ class Reuse:
             self._cache = found
             try:
                 objective = self._with_shortcuts(objective, whole_model=sharded or args.torch_compile)
+                self._keep_what_steps_run(objective)
                 kept = reference_folder(folder, from_cache=self.from_cache, num_epochs=num_epochs, sharded=sharded)
                 self._ask_reference(objective, kept)
                 yield objective
@@ -125,6 +128,14 @@ class Reuse:
                 num_answer_tokens=self.rows.longest_answer * self.args.train_batch_size,
                 whole_model=whole_model,
             )
+
+    def _keep_what_steps_run(self, objective: Objective) -> None:
+        """Bring in the layers of a streamed model from the lowest edited one to the last that a step runs."""
+        if self.from_cache and find_streamed(self.model) is not None:
+            last = objective.reference.last_layer
+            num_layers = len(find_layers(self.model)._modules)
+            stop = num_layers if last is None else last + 1
+            keep_layers(self.model, range(cast(PrefixCache, self._cache).layer_idx, stop))
 
     def _ask_reference(self, objective: Objective, folder: StateFolder | None) -> None:
         """Ask the reference what is needed before the first step; on disk where there is a folder with room."""

@@ -1,0 +1,61 @@
+"""A small checkpoint in several shards, the same model whole in memory, and sets of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.families import build, randomise
+from tests.training.conftest import make_model, make_sets, make_tokenizer
+from uoe_peft.streaming import StreamedModel
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A Qwen2MoE of 3 layers in shards that cut through its layers."""
+    path = tmp_path / "checkpoint"
+    make_model().save_pretrained(path, max_shard_size="40KB")
+    assert len(list(path.glob("*.safetensors"))) > 3
+    return path
+
+
+@pytest.fixture
+def resident(checkpoint: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32")
+
+
+@pytest.fixture
+def opened(checkpoint: Path) -> Open:
+    """Opens the checkpoint, with further options."""
+    return lambda **options: StreamedModel.from_pretrained(checkpoint, **{"show_progress": False, **options})
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def sets() -> tuple[Dataset, Dataset]:
+    return make_sets()
+
+
+@pytest.fixture
+def saved_family(tmp_path: Path) -> Callable[[str], tuple[Path, Any]]:
+    """Saves a family's tiny model; returns the folder, and what transformers loads from it."""
+
+    def save(family: str) -> tuple[Path, Any]:
+        built = build(family)
+        randomise(built)
+        built.save_pretrained(tmp_path / family)
+        return tmp_path / family, type(built).from_pretrained(tmp_path / family, dtype=torch.float32).eval()
+
+    return save

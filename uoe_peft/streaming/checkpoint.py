@@ -1,0 +1,181 @@
+"""A checkpoint in safetensors format: which tensors there are, of what size, in which shard; and reading some."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from safetensors import SafetensorError, safe_open
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+# As safetensors names them in its headers.
+_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a shard's header says of a tensor.
+
+    Attributes:
+        shard: File name.
+        dtype: As stored.
+        shape: As stored.
+    """
+
+    shard: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers have been read, and none of its weights.
+
+    Attributes:
+        name: A folder, or a name on the Hub.
+        folder: Where its configuration is.
+        revision: On the Hub; None for the newest, and for a folder.
+        tensors: Every tensor, by its name on disk.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    tensors: dict[str, StoredTensor]
+
+    @classmethod
+    def open(cls, name: str | Path, *, revision: str | None = None) -> Checkpoint:
+        """Read the headers of all shards.
+
+        Args:
+            name: A folder, or a name on the Hub, of which only small files and headers are read.
+            revision: On the Hub.
+
+        Raises:
+            ValueError: There are no safetensors weights; a shard is missing, cut off or no such file; the index names
+                tensors that its shards do not hold.
+        """
+        folder = Path(name)
+        if folder.is_dir():
+            return cls(str(name), folder, None, _local_tensors(folder))
+        folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.json", "*.py"]))
+        stored = HfApi().get_safetensors_metadata(str(name), revision=revision).files_metadata
+        tensors = {
+            tensor: StoredTensor(shard, _dtype(info.dtype, tensor), tuple(info.shape))
+            for shard, metadata in stored.items()
+            for tensor, info in metadata.tensors.items()
+        }
+        return cls(str(name), folder, revision, tensors)
+
+    @property
+    def identity(self) -> str:
+        """Changes with the checkpoint's files, as far as their names, sizes and times tell."""
+        paths = sorted({self.folder / stored.shard for stored in self.tensors.values()})
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
+        return hashlib.sha256(repr((self.name, self.revision, files)).encode()).hexdigest()
+
+    @contextmanager
+    def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Tensors that are read when `[...]` is asked of them, while the context lasts.
+
+        Raises:
+            ValueError: A shard has gone, or been cut off, since it was opened.
+        """
+        by_shard = defaultdict(list)
+        for name in names:
+            by_shard[self.tensors[name].shard].append(name)
+        with ExitStack() as stack:
+            found: dict[str, Any] = {}
+            for shard, held in by_shard.items():
+                # Read, not mapped: pages of a mapped file would count as the process' memory until it is closed.
+                file = stack.enter_context(_opened(self._path(shard), backend="pread"))
+                found |= {name: file.get_slice(name) for name in held}
+            yield found
+
+    def _path(self, shard: str) -> Path:
+        path = self.folder / shard
+        return path if path.is_file() else Path(hf_hub_download(self.name, shard, revision=self.revision))
+
+
+def _local_tensors(folder: Path) -> dict[str, StoredTensor]:
+    weight_map = _weight_map(folder)
+    found: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise ValueError(f"{folder} has no {shard}, which its {_INDEX} names; download the checkpoint again")
+        with _opened(folder / shard) as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(name)
+                found[name] = StoredTensor(shard, _dtype(part.get_dtype(), name), tuple(part.get_shape()))
+    absent = sorted(name for name, shard in weight_map.items() if name not in found or found[name].shard != shard)
+    if absent:
+        raise ValueError(
+            f"{_INDEX} of {folder} says that {weight_map[absent[0]]} holds {absent[0]}, which it does not (and "
+            f"{len(absent) - 1} more such tensors); download or save the checkpoint again"
+        )
+    return found
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The shard of each tensor."""
+    if (folder / _INDEX).is_file():
+        try:
+            return dict(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+            raise ValueError(f"{folder / _INDEX} cannot be read ({error!r}); download the checkpoint again") from error
+    if (folder / _SINGLE).is_file():
+        with _opened(folder / _SINGLE) as file:
+            return dict.fromkeys(file.keys(), _SINGLE)
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    if shards:
+        raise ValueError(f"{folder} has the shards {shards[:3]} but no {_INDEX}; download or save the checkpoint again")
+    raise ValueError(f"{folder} has no {_SINGLE} and no {_INDEX}: expected a checkpoint in safetensors format")
+
+
+@contextmanager
+def _opened(path: Path, **options: Any) -> Iterator[Any]:
+    try:
+        file = safe_open(path, framework="pt", **options)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); it may have been cut off: download or save it again"
+        ) from error
+    with file:
+        yield file
+
+
+def _dtype(stored: str, name: str) -> torch.dtype:
+    if stored not in _DTYPES:
+        raise ValueError(f"{name} is stored as {stored}; expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[stored]

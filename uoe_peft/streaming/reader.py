@@ -1,0 +1,157 @@
+"""Parts of a checkpoint as a model's modules want them, through transformers' own weight conversion.
+
+A checkpoint names and cuts tensors in its own way: experts one by one on disk are stacks in memory, in each family
+differently. The conversion that `from_pretrained` uses for a whole model is run here on those tensors alone that a part
+of it is made of, with a second model, on the meta device, to put them into.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from uoe_peft.streaming.checkpoint import Checkpoint
+
+# Groups that are larger are converted one after the other, so that not all tensors of a layer are there twice.
+_LARGE = 64 * 2**20
+
+_bars = threading.Lock()
+
+
+class PartReader:
+    """Reads parts of a checkpoint, each a set of the model's parameters and saved buffers.
+
+    Args:
+        skeleton: A model whose parameters are on the meta device; its own from now on.
+        checkpoint: What to read.
+        dtypes: What each parameter is to be computed in, by name.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, checkpoint: Checkpoint, dtypes: dict[str, torch.dtype]) -> None:
+        self._model, self._checkpoint = skeleton, checkpoint
+        self._names = set(skeleton.state_dict())
+        self._sources = self._grouped(checkpoint.tensors)
+        for name, sources in self._sources.items():
+            self._narrow(name, {checkpoint.tensors[source].dtype for source in sources}, dtypes)
+
+    def read(self, belongs: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The parameters and saved buffers whose names belong to a part.
+
+        They are as narrow as they are stored, where they are computed in something wider: widening a number changes no
+        bit of it, now or later.
+
+        Args:
+            belongs: Whether a name of the model belongs to the part.
+
+        Raises:
+            ValueError: A shard was cut off since it was opened, or cannot be converted.
+        """
+        groups = {name: sources for name, sources in self._sources.items() if belongs(name)}
+        read: dict[str, Tensor] = {}
+        for pack in self._packs(groups.values()):
+            read |= self._converted(pack)
+        return read
+
+    def holds(self, name: str) -> bool:
+        """Whether the checkpoint has a parameter under this name."""
+        return name in self._sources
+
+    def num_bytes(self, belongs: Callable[[str], bool]) -> int:
+        """Size of a part on disk."""
+        groups = (sources for name, sources in self._sources.items() if belongs(name))
+        return sum(self._checkpoint.tensors[source].num_bytes for sources in groups for source in sources)
+
+    def _mapping(self) -> list[Any]:
+        # Made anew for each use: conversions remember what they have seen.
+        return get_model_conversion_mapping(self._model)
+
+    def _grouped(self, tensors: Iterable[str]) -> dict[str, list[str]]:
+        """Names on disk by the first of the parameters that they become."""
+        mapping, known = self._mapping(), self._model.state_dict()
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        prefix = self._model.base_model_prefix
+        groups = defaultdict(list)
+        for source in tensors:
+            name, _ = rename_source_key(source, renamings, converters, prefix, known)
+            if name not in known and source in known:
+                name, _ = rename_source_key(source, [], [], prefix, known)
+            groups[name].append(source)
+        return dict(groups)
+
+    def _narrow(self, name: str, stored: set[torch.dtype], dtypes: dict[str, torch.dtype]) -> None:
+        """Have a parameter read in the type that it is stored in, if that is narrower; conversions cast to its own."""
+        path, _, own_name = name.rpartition(".")
+        module = self._model.get_submodule(path) if name in self._names else None
+        if module is None or own_name not in module._parameters:
+            return
+        (first, *others), wanted = stored, dtypes[name]
+        is_narrower = first.is_floating_point and first.itemsize < wanted.itemsize
+        parameter = torch.empty(
+            module.get_parameter(own_name).shape,
+            dtype=first if is_narrower and not others else wanted,
+            device="meta",
+        )
+        module._parameters[own_name] = nn.Parameter(parameter, requires_grad=False)
+
+    def _packs(self, groups: Iterable[Sequence[str]]) -> Iterator[list[str]]:
+        """Groups, large ones alone and the small ones together."""
+        small: list[str] = []
+        for sources in groups:
+            if sum(self._checkpoint.tensors[source].num_bytes for source in sources) > _LARGE:
+                yield list(sources)
+            else:
+                small += sources
+        if small:
+            yield small
+
+    def _converted(self, sources: Sequence[str]) -> dict[str, Tensor]:
+        loading = LoadStateDictConfig(device_map={"": "cpu"}, weight_mapping=self._mapping())
+        with self._checkpoint.slices(sources) as slices, no_loading_bar():
+            info, _ = convert_and_load_state_dict_in_model(self._model, slices, loading)
+        if info.conversion_errors or info.mismatched_keys:
+            problem = next(iter(info.conversion_errors.values()), None) or sorted(info.mismatched_keys)[0]
+            raise ValueError(f"tensors of {self._checkpoint.name} cannot be made those of the model: {problem}")
+        return {name: self._taken(name) for name in self._names - info.missing_keys}
+
+    def _taken(self, name: str) -> Tensor:
+        """A tensor that was loaded; the meta tensor is put back in its place."""
+        path, _, own_name = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        if own_name in module._buffers:
+            value = module._buffers[own_name]
+            assert value is not None
+            return value
+        value = module.get_parameter(own_name).detach()
+        meta = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        module._parameters[own_name] = nn.Parameter(meta, requires_grad=False)
+        return value
+
+
+@contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """Inside the context transformers shows no bar for each part that is loaded."""
+    with _bars:
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if shown:
+                logging.enable_progress_bar()
