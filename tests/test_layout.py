@@ -32,6 +32,7 @@ FLOORS: dict[str, int] = {
     "export": 3,
     "requests": 4,
     "cli": 5,
+    "registration": 5,
     "__init__": 5,
 }
 
