@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from uoe_peft.cli import main
-from uoe_peft.cli.demo import count_other_bits
 from uoe_peft.cli.fresh_process import reload_differs_by
+from uoe_peft.cli.stages.demo import count_other_bits
 from uoe_peft.testbed import checkpoint_path
 
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, GptO
 
 from uoe_peft.attribution import ExpertAttribution
 from uoe_peft.cli import main
-from uoe_peft.cli.attribute import AttributeArguments
 from uoe_peft.cli.parsing import parse
-from uoe_peft.cli.unlearn import UnlearnArguments, target_experts
+from uoe_peft.cli.stages.attribute import AttributeArguments
+from uoe_peft.cli.stages.unlearn import UnlearnArguments, target_experts
 from uoe_peft.testbed import FORGET_TOPIC, TOPICS, checkpoint_path, load_facts
 from uoe_peft.training import UnlearningConfig
 from uoe_peft.tuner import UOEConfig
