@@ -94,8 +94,8 @@ def _trainer(options: UnlearnArguments, training: UnlearningConfig) -> Unlearnin
 
 def _resumed(word: str | None) -> str | bool | None:
     """A folder, True for the last checkpoint, None for a fresh start."""
-    known: Mapping[str | None, bool | None] = {None: None, "true": True, "True": True, "false": None, "False": None}
-    return known[word] if word in known else word
+    known: Mapping[str | None, bool | None] = {"true": True, "True": True, "false": None, "False": None}
+    return known.get(word, word)
 
 
 def _scores(trainer: UnlearningTrainer, num_examples: int) -> dict[str, dict[str, float]]:
