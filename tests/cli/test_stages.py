@@ -45,7 +45,9 @@ def test_attribute_writes_a_ranking_that_loads(
     assert attribution.score == "gate"
     assert attribution.retain is not None
     (layer_idx, expert_idx) = attribution.top(1)[0]
-    assert f"layer {layer_idx:3}  expert {expert_idx:3}" in capsys.readouterr().out.splitlines()[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[:3] == ["1", str(layer_idx), str(expert_idx)]  # below the title and the headings
+    assert lines[-1] == f"next: uoe-peft unlearn --target_experts {layer_idx}:{expert_idx}"
 
 
 def test_unlearn_writes_an_adapter_that_loads(sets: list[str], tmp_path: Path) -> None:

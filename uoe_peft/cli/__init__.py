@@ -71,7 +71,7 @@ def _run(stage: str, options: list[str]) -> None:
     shows_traceback = "--traceback" in options
     try:
         with warnings.catch_warnings():
-            warnings.formatwarning = _one_line
+            warnings.formatwarning = _one_line  # type: ignore[assignment]
             # Imported only now: help should not wait for torch.
             import_module(f"uoe_peft.cli.stages.{stage}").run([word for word in options if word != "--traceback"])
     except KeyboardInterrupt as interrupt:

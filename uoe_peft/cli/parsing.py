@@ -77,4 +77,4 @@ def _read(path: str) -> Mapping[str, Any]:
 
 def _meant(name: str, known: Sequence[str]) -> str:
     close = get_close_matches(name.replace("-", "_"), known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean --{close[0]}?" if close else ""

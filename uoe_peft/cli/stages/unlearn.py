@@ -63,7 +63,7 @@ def _trainer(options: UnlearnArguments, training: UnlearningConfig) -> Unlearnin
         raise ValueError("unlearn needs --output_dir, the folder for the adapter")
     goes_on = _resumed(training.resume_from_checkpoint) is not None
     check_folder(
-        training.output_dir,
+        str(training.output_dir),
         overwrite=options.overwrite or goes_on,
         option="output_dir",
         own=("adapter_config.json", "config.json"),
