@@ -35,6 +35,7 @@ def sets(tmp_path: Path) -> list[str]:
     return options
 
 
+@pytest.mark.filterwarnings("ignore::uoe_peft.attribution.AttributionWarning")  # one retain topic, two phrasings
 def test_attribute_writes_a_ranking_that_loads(
     sets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
