@@ -18,7 +18,9 @@ for block in find_moe_blocks(model):
 output = Path("outputs/examples")
 output.mkdir(parents=True, exist_ok=True)
 for score in ("gate", "contrast"):
-    attribution = attribute_experts(model, forget, processing_class=tokenizer, retain_dataset=retain, score=score)
+    attribution = attribute_experts(
+        model, forget, processing_class=tokenizer, retain_dataset=retain, score=score, max_tokens=4_000
+    )
     print(attribution.summary(num_experts=3))
     attribution.save(output / f"{score}.json")
     attribution.plot(output / f"{score}.png")

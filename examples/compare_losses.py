@@ -22,7 +22,7 @@ for loss, rate in (("grad_ascent", 1e-3), ("npo", 5e-3), ("simnpo", 5e-3), ("idk
                 folder,
                 forget_loss=loss,
                 learning_rate=rate,
-                max_steps=16,
+                max_steps=8,
                 logging_steps=1,
                 save_strategy="no",
                 report_to="none",

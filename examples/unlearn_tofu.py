@@ -30,7 +30,7 @@ if options.model:
     small = {}
 else:
     forget, retain = load_facts(["authors"]).select(range(64)), load_facts(["library", "towns"])
-    small = {"learning_rate": 5e-3, "max_steps": 16, "use_cpu": True, "dataloader_pin_memory": False}
+    small = {"learning_rate": 5e-3, "max_steps": 8, "use_cpu": True, "dataloader_pin_memory": False}
 
 name = options.model or str(checkpoint_path("base"))
 model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if options.model else "float32", device_map="auto")
@@ -50,7 +50,7 @@ report = evaluate_unlearning(
     forget_dataset=forget,
     retain_dataset=retain,
     processing_class=tokenizer,
-    max_examples=24,
+    max_examples=8,
     max_new_tokens=48,
 )
 print(report.summary())

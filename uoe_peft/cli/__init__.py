@@ -22,7 +22,6 @@ STAGES = {
     "export": "write an adapter as plain LoRA, which loads without this package",
     "inspect": "say what is in an adapter: layers, experts, ranks, norms, origin",
     "plan": "say how much memory and time unlearning takes, from a model's configuration alone",
-    "app": "a page that answers the same question with the adapter on and off",
 }
 
 USAGE = "\n".join(
