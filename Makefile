@@ -18,6 +18,7 @@ QUICK_TESTS ?= $(addprefix tests/,test_layout.py test_precision.py losses data e
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
+DOCS := $(VENV)/.docs-done
 # Apart from the environment: PEFT imports these wherever it finds them, and both print warnings when imported.
 QUANTIZERS := $(VENV)/quantizers
 BENCH = $(BIN)/python -W ignore benchmarks
@@ -31,12 +32,15 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-quantization lint format types layout bench bench-forgetting mutants clean
+.PHONY: help setup demo test test-quick docs examples test-quantization lint format types layout bench \
+	bench-forgetting mutants clean
 
 help:
 	@echo 'make demo     find the expert, unlearn a topic, switch the adapter on and off (2 minutes)'
 	@echo 'make test     run the tests, one process a core (TEST_PROCESSES=1 for one); make test-quick those of a part of'
 	@echo '              the rooms, for the loop of work; make test-quantization those that need bitsandbytes and torchao'
+	@echo 'make docs     build the documentation into outputs/docs; every warning is an error'
+	@echo 'make examples run the scripts in examples/ on the bundled model'
 	@echo 'make lint     ruff: rules and format'
 	@echo 'make format   let ruff repair what it can'
 	@echo 'make types    mypy'
@@ -71,6 +75,16 @@ test-quantization: $(QUANTIZERS)
 
 $(QUANTIZERS): | $(SETUP)
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ bitsandbytes torchao
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir outputs/docs
+
+$(DOCS): $(SETUP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+examples: $(SETUP)
+	set -e; for script in examples/*.py; do echo "$$script"; $(BIN)/python -W ignore $$script; done
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -12,8 +12,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from uoe_peft.cli import main
-from uoe_peft.cli.evaluate import EvaluateArguments, attacks_of, split_off, suite_of
-from uoe_peft.cli.report import load_reports
+from uoe_peft.cli.stages.evaluate import EvaluateArguments, attacks_of, split_off, suite_of
+from uoe_peft.cli.stages.report import load_reports
 from uoe_peft.evaluation import UnlearningReport
 from uoe_peft.testbed import TOPICS, checkpoint_path, load_facts
 from uoe_peft.tuner import UOEConfig

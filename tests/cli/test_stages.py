@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, GptO
 
 from uoe_peft.attribution import ExpertAttribution
 from uoe_peft.cli import main
-from uoe_peft.cli.attribute import AttributeArguments
 from uoe_peft.cli.parsing import parse
-from uoe_peft.cli.unlearn import UnlearnArguments, target_experts
+from uoe_peft.cli.stages.attribute import AttributeArguments
+from uoe_peft.cli.stages.unlearn import UnlearnArguments, target_experts
 from uoe_peft.testbed import FORGET_TOPIC, TOPICS, checkpoint_path, load_facts
 from uoe_peft.training import UnlearningConfig
 from uoe_peft.tuner import UOEConfig
@@ -35,7 +35,7 @@ def sets(tmp_path: Path) -> list[str]:
     return options
 
 
-@pytest.mark.filterwarnings("ignore::uoe_peft.attribution.summary.GeneralistExpertWarning")  # so it is there
+@pytest.mark.filterwarnings("ignore::uoe_peft.attribution.AttributionWarning")  # one retain topic, two phrasings
 def test_attribute_writes_a_ranking_that_loads(
     sets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,7 +46,9 @@ def test_attribute_writes_a_ranking_that_loads(
     assert attribution.score == "gate"
     assert attribution.retain is not None
     (layer_idx, expert_idx) = attribution.top(1)[0]
-    assert f"layer {layer_idx:3}  expert {expert_idx:3}" in capsys.readouterr().out.splitlines()[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[:3] == ["1", str(layer_idx), str(expert_idx)]  # below the title and the headings
+    assert lines[-1] == f"next: uoe-peft unlearn --target_experts {layer_idx}:{expert_idx}"
 
 
 def test_unlearn_writes_an_adapter_that_loads(sets: list[str], tmp_path: Path) -> None:

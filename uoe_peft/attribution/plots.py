@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any
 
 from uoe_peft.attribution.affinities import Affinities, Pair
+from uoe_peft.palette import AFFINITY, FORGET, MARK, RETAIN, SIGNED_AFFINITY
 
 
 def plot(attribution: Affinities, path: str | PathLike[str], *, targets: Sequence[Pair]) -> None:
@@ -35,14 +36,27 @@ def plot(attribution: Affinities, path: str | PathLike[str], *, targets: Sequenc
 
 
 def _heat_map(figure: Any, axes: Any, attribution: Affinities, targets: Sequence[Pair]) -> None:
-    layers = list(attribution.layer_indices)
-    image = axes.imshow(attribution.affinity.numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
+    from matplotlib.patches import Rectangle
+
+    layers, affinity = list(attribution.layer_indices), attribution.affinity.numpy()
+    signed = bool((affinity < 0).any())
+    bound = float(abs(affinity[affinity == affinity]).max())  # NaN: not measured, left blank
+    image = axes.imshow(
+        affinity,
+        aspect="auto",
+        cmap=SIGNED_AFFINITY if signed else AFFINITY,
+        vmin=-bound if signed else 0,
+        vmax=bound,
+        interpolation="nearest",
+    )
     figure.colorbar(image, ax=axes, label=f"affinity ({attribution.score})")
     step = max(1, len(layers) // 12)
     axes.set_yticks(range(0, len(layers), step), [str(layer_idx) for layer_idx in layers[::step]])
     for layer_idx, expert_idx in targets:
-        axes.plot(expert_idx, layers.index(layer_idx), marker="s", mfc="none", mec="red", mew=1.5, ms=9)
-    axes.set(xlabel="expert", ylabel="layer", title=f"Affinity to the forget set; marked: {_named(targets)}")
+        corner = (expert_idx - 0.5, layers.index(layer_idx) - 0.5)
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=MARK, linewidth=2))
+    axes.set(xlabel="expert", ylabel="layer")
+    axes.set_title(f"Affinity to the forget set; framed: {_named(targets)}", loc="left", fontsize=11)
 
 
 def _long_tail(axes: Any, attribution: Affinities, target: Pair) -> None:
@@ -50,17 +64,23 @@ def _long_tail(axes: Any, attribution: Affinities, target: Pair) -> None:
     row = attribution.layer_indices.index(layer_idx)
     assert attribution.forget is not None
     share = attribution.forget.top_k * attribution.forget.token_ratio[row]  # (E,)
-    order = share.argsort(descending=True)
-    places = range(len(order))
-    axes.bar(places, share[order].numpy(), color="tab:orange", label="forget")
+    order = share.argsort(descending=True).tolist()
+    both = attribution.retain is not None
+    width = 0.42 if both else 0.84
+    axes.bar([place - both * width / 2 for place in range(len(order))], share[order].numpy(), width, color=FORGET)
     if attribution.retain is not None:
         retain = attribution.retain.top_k * attribution.retain.token_ratio[row]
-        axes.plot(places, retain[order].numpy(), color="tab:blue", marker=".", label="retain")
-    axes.axvline(order.tolist().index(expert_idx), color="red", lw=0.8, label=f"expert {expert_idx}")
-    axes.set(
-        xlabel="experts, the busiest first", ylabel="share of tokens", title=f"Use of the experts of layer {layer_idx}"
-    )
-    axes.legend()
+        axes.bar([place + width / 2 for place in range(len(order))], retain[order].numpy(), width, color=RETAIN)
+    numbered = len(order) <= 32  # more would overlap
+    axes.set_xticks(range(len(order)) if numbered else [order.index(expert_idx)])
+    axes.set_xticklabels(order if numbered else [f"expert {expert_idx}"], fontsize=8)
+    mark = axes.get_xticklabels()[order.index(expert_idx) if numbered else 0]
+    mark.set(fontweight="bold", bbox={"boxstyle": "square,pad=0.25", "fc": "none", "ec": MARK})
+    axes.set(xlabel="expert, the busiest on the forget set first; framed: the chosen one", ylabel="share of tokens")
+    axes.set_title(f"Use of the experts of layer {layer_idx}", loc="left", fontsize=11)
+    names = ["forget", "retain"] if both else ["forget"]
+    axes.legend(axes.containers, names, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _named(targets: Sequence[Pair]) -> str:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+
+from uoe_peft import __version__
+from uoe_peft.cli.help import help_of
 
 STAGES = {
     "demo": "find the expert of a topic, unlearn it, switch it on and off, on a small bundled model",
@@ -17,6 +21,7 @@ STAGES = {
     "unmerge": "put the original slices back into such a checkpoint, bit for bit",
     "export": "write an adapter as plain LoRA, which loads without this package",
     "inspect": "say what is in an adapter: layers, experts, ranks, norms, origin",
+    "plan": "say how much memory and time unlearning takes, from a model's configuration alone",
 }
 
 USAGE = "\n".join(
@@ -26,9 +31,12 @@ USAGE = "\n".join(
         "stages:",
         *(f"  {stage:10} {what}" for stage, what in STAGES.items()),
         "",
-        "uoe-peft STAGE --help lists the options of a stage",
+        "uoe-peft STAGE --help lists the options of a stage; uoe-peft --version",
     ]
 )
+
+# What wrong input raises; anything else is a fault of this package, or of one below it.
+_OF_INPUT = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,15 +46,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: What stands after `uoe-peft`; None: what this process was called with.
 
     Raises:
-        SystemExit: With code 0 after printing help, 2 for an unknown stage.
+        SystemExit: With code 0 after printing help, 1 where the stage failed, 2 for an unknown stage or option, 130
+            where it was interrupted.
     """
     match list(sys.argv[1:] if arguments is None else arguments):
         case [] | ["-h" | "--help", *_]:
             print(USAGE)
             raise SystemExit(0)
+        case ["--version", *_]:
+            print(f"uoe-peft {__version__}")
+            raise SystemExit(0)
+        case [stage, *options] if stage in STAGES and {"-h", "--help"} & set(options):
+            print(help_of(stage))
+            raise SystemExit(0)
         case [stage, *options] if stage in STAGES:
-            # Imported only now: help should not wait for torch.
-            import_module(f"uoe_peft.cli.{stage}").run(options)
+            _run(stage, options)
         case [stage, *_]:
             print(f"unknown stage {stage!r}; use one of {', '.join(STAGES)}\n\n{USAGE}", file=sys.stderr)
             raise SystemExit(2)
+
+
+def _run(stage: str, options: list[str]) -> None:
+    shows_traceback = "--traceback" in options
+    try:
+        with warnings.catch_warnings():
+            warnings.formatwarning = _one_line  # type: ignore[assignment]
+            # Imported only now: help should not wait for torch.
+            import_module(f"uoe_peft.cli.stages.{stage}").run([word for word in options if word != "--traceback"])
+    except KeyboardInterrupt as interrupt:
+        print(f"\nuoe-peft {stage}: stopped. {interrupt}".rstrip(), file=sys.stderr)
+        raise SystemExit(130) from interrupt
+    except Exception as error:
+        if shows_traceback:
+            raise
+        print(f"uoe-peft {stage}: {message_of(error)}", file=sys.stderr)
+        raise SystemExit(1) from error
+    finally:
+        warnings.formatwarning = _FORMAT
+
+
+_FORMAT = warnings.formatwarning
+
+
+def _one_line(message: Warning | str, *_: object) -> str:
+    return f"warning: {message}\n"
+
+
+def message_of(error: Exception) -> str:
+    """An error in one or two lines."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= 500 else f"{said[:500]}…"
+    if isinstance(error, _OF_INPUT) and said:
+        return said
+    return f"{type(error).__name__}: {said}\n--traceback shows where this was raised"

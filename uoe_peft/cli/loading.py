@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset, load_from_disk
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from uoe_peft.cli.options import ColumnOptions
+
+_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 def load_model(name: str, *, dtype: str, device_map: str | None, dequantize: bool = False) -> PreTrainedModel:
@@ -22,10 +27,43 @@ def load_model(name: str, *, dtype: str, device_map: str | None, dequantize: boo
         dequantize: Turn weights that are stored in mxfp4 or FP8 into `dtype`: experts in such a form cannot be trained.
 
     Raises:
-        ValueError: `dequantize` for a model that is stored in another form.
+        ValueError: `dequantize` for a model that is stored in another form, or there is no such model.
     """
+    _check_model(name)
     quantization = {"quantization_config": _dequantized(name)} if dequantize else {}
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **quantization)
+    return _or_absent(
+        name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **quantization)
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    _check_model(name)
+    return _or_absent(name, lambda: AutoTokenizer.from_pretrained(name))
+
+
+def _check_model(name: str) -> None:
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"the folder {name} has no config.json; pass the folder that holds the model")
+    if not path.exists() and not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"there is no folder {name}; pass the folder of a model, or its name on the Hub")
+
+
+def _or_absent(name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise ValueError(
+            f"there is no folder {name} here, and the Hub did not give a model of this name "
+            f"({' '.join(str(error).split())[:120]}…); check the spelling and the connection"
+        ) from error
 
 
 def _dequantized(name: str) -> Any:
@@ -37,29 +75,120 @@ def _dequantized(name: str) -> Any:
     return asked
 
 
+def load_set(source: str, options: ColumnOptions) -> Dataset:
+    """The rows of a data set, with the columns that the options name as prompt and completion.
+
+    Raises:
+        ValueError: As :func:`load_rows` and :func:`with_columns`.
+    """
+    rows = load_rows(source, split=options.dataset_split)
+    return with_columns(
+        rows, source, prompt=options.prompt_column, completion=options.completion_column, chat=options.chat
+    )
+
+
 def load_rows(source: str, *, split: str = "train") -> Dataset:
     """The rows of a data set.
 
     Args:
-        source: A file (JSON, JSON lines, CSV, Parquet), a folder that `Dataset.save_to_disk` wrote, or the name of a
-            set on the Hub, with its configuration after a colon where it has several: "locuslab/TOFU:forget10".
+        source: A file (JSON, JSON lines, CSV, TSV, Parquet), a folder of such files or one that `Dataset.save_to_disk`
+            wrote, or the name of a set on the Hub, with its configuration after a colon where it has several:
+            "locuslab/TOFU:forget10".
         split: Which split of a set on the Hub.
 
     Returns:
-        The rows.
+        The rows, at least one.
 
     Raises:
-        ValueError: The file's type is not known, or the folder was not written by `Dataset.save_to_disk`.
+        ValueError: There is no such set, it cannot be read, or it is empty.
     """
     path = Path(source)
     if path.is_file():
-        if path.suffix not in _FORMATS:
-            raise ValueError(f"cannot read {source}: expected a file that ends in {', '.join(_FORMATS)}")
-        return load_dataset(_FORMATS[path.suffix], data_files=source, split="train")
-    if path.is_dir():
-        rows = load_from_disk(source)
+        rows = _from_files([path])
+    elif path.is_dir():
+        rows = _from_folder(path)
+    else:
+        rows = _from_hub(source, split)
+    if len(rows) == 0:
+        raise ValueError(f"{source} holds no rows")
+    return rows
+
+
+def _from_files(paths: Sequence[Path]) -> Dataset:
+    (kind,) = {path.suffix for path in paths}
+    if kind not in _FORMATS:
+        raise ValueError(f"cannot read {paths[0]}: expected a file that ends in {', '.join(_FORMATS)}")
+    empty = [path for path in paths if path.stat().st_size == 0]
+    if empty:
+        raise ValueError(f"{empty[0]} is empty; expected one row a line, or leave the file out")
+    delimiter = {"delimiter": "\t"} if kind == ".tsv" else {}
+    try:
+        return load_dataset(_FORMATS[kind], data_files=list(map(str, paths)), split="train", **delimiter)
+    except Exception as error:  # `datasets` wraps what its readers raise
+        reason = error.__cause__ or error
+        raise ValueError(f"cannot read {paths[0]} as {kind[1:]}: {' '.join(str(reason).split())[:200]}") from error
+
+
+def _from_folder(folder: Path) -> Dataset:
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        rows = load_from_disk(str(folder))
         if not isinstance(rows, Dataset):
-            raise ValueError(f"{source} holds several splits; pass the folder of one of them: {sorted(rows)}")
+            raise ValueError(f"{folder} holds several splits; pass the folder of one of them: {sorted(rows)}")
         return rows
+    files = sorted(path for path in folder.iterdir() if path.suffix in _FORMATS)
+    kinds = sorted({path.suffix for path in files})
+    if len(kinds) != 1:
+        held = (
+            f"files of several kinds ({', '.join(kinds)})" if kinds else f"no file that ends in {', '.join(_FORMATS)}"
+        )
+        raise ValueError(f"the folder {folder} holds {held}; pass a file, or a folder of files of one kind")
+    return _from_files(files)
+
+
+def _from_hub(source: str, split: str) -> Dataset:
     name, _, configuration = source.partition(":")
-    return load_dataset(name, configuration or None, split=split)
+    if not _HUB_NAME.fullmatch(source) or Path(source).suffix in _FORMATS:
+        raise ValueError(f"there is no file or folder {source}; check the path, seen from {Path.cwd()}")
+    try:
+        return load_dataset(name, configuration or None, split=split)
+    except Exception as error:  # absent, offline, another configuration or split: each with a type of its own
+        raise ValueError(
+            f"there is no file or folder {source} here, and the Hub did not give a set of this name: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def with_columns(rows: Dataset, source: str, *, prompt: str | None, completion: str | None, chat: bool) -> Dataset:
+    """Rows with the named columns as "prompt" and "completion", as strings or as messages.
+
+    Args:
+        rows: Any rows.
+        source: Where they come from, for errors.
+        prompt: Column of the prompts; None: it is called so already.
+        completion: Column of the answers, likewise.
+        chat: Whether both become messages of a user and of the assistant.
+
+    Raises:
+        ValueError: A column that is named is absent, or `chat` with columns that hold no strings.
+    """
+    for name, column in (("prompt", prompt), ("completion", completion)):
+        if column is None or column == name:
+            continue
+        if column not in rows.column_names:
+            raise ValueError(f"{source} has no column {column!r} for --{name}_column; it has {rows.column_names}")
+        rows = (rows.remove_columns(name) if name in rows.column_names else rows).rename_column(column, name)
+    if not chat:
+        return rows
+    lacking = {"prompt", "completion"} - set(rows.column_names)
+    if lacking or not all(isinstance(rows[0][name], str) for name in ("prompt", "completion")):
+        raise ValueError(
+            f"--chat needs a prompt and a completion that are strings; {source} has the columns {rows.column_names}"
+        )
+    return rows.map(_as_messages)
+
+
+def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+    }

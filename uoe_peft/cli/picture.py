@@ -1,22 +1,24 @@
-"""One picture of an unlearning: where the knowledge sat, and what each model answers."""
+"""Pictures of an unlearning: where the knowledge sat, what each model answers, how training went."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from uoe_peft.attribution import ExpertAttribution
 from uoe_peft.evaluation import UnlearningReport
 from uoe_peft.evaluation.report import SetName
+from uoe_peft.palette import AFFINITY, BASE, FORGET, MARK, RETAIN, RETRAINED, SIGNED_AFFINITY, UNLEARNED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _METRICS = {"rouge_l_recall": "ROUGE-L recall", "probability": "answer probability"}
-_COLOURS = {"base": "#8da0b6", "unlearned": "#d1495b", "retrained": "#2e6f57"}
+_COLOURS = {"base": BASE, "unlearned": UNLEARNED, "retrained": RETRAINED}
 _LABELS = {
     "base": "base (adapter off)",
     "unlearned": "unlearned (adapter on)",
@@ -76,14 +78,14 @@ def _heat_map(axes: Axes, attribution: ExpertAttribution, *, targets: list[tuple
     image = axes.imshow(
         affinity,
         aspect="auto",
-        cmap="RdBu_r" if signed else "Blues",
+        cmap=SIGNED_AFFINITY if signed else AFFINITY,
         vmin=-bound if signed else 0.0,
         vmax=bound,
     )
     layer_indices = list(attribution.layer_indices)
     for layer_idx, expert_idx in targets:
         corner = (expert_idx - 0.5, layer_indices.index(layer_idx) - 0.5)
-        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=2.5))
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=MARK, linewidth=2.5))
     named = ", ".join(f"layer {layer_idx}, expert {expert_idx}" for layer_idx, expert_idx in targets)
     axes.set_title(f"Affinity of the experts for “{topic}”; framed: {named}", fontsize=11, loc="left")
     axes.set_xlabel("expert")
@@ -117,3 +119,41 @@ def _bars(axes: Axes, report: UnlearningReport, *, metric: str, label: str) -> N
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     axes.tick_params(axis="x", length=0)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_training(path: str | PathLike[str], log: Sequence[Mapping[str, Any]]) -> bool:
+    """Write the training curve: token accuracy on forget and retain batches over the steps.
+
+    Args:
+        path: Picture to write; the ending names the format.
+        log: The trainer's `state.log_history`.
+
+    Returns:
+        Whether there was anything to draw, and matplotlib to draw it with.
+    """
+    entries = [entry for entry in log if "forget_accuracy" in entry]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    if not entries:
+        return False
+    figure = Figure(figsize=(6.4, 3.4), dpi=150, layout="constrained")
+    curves_on(figure.subplots(), entries)
+    figure.savefig(path)
+    return True
+
+
+def curves_on(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the accuracies of log entries, each curve with its name at its end."""
+    for role, colour in (("forget", FORGET), ("retain", RETAIN)):
+        points = [(entry["step"], entry[f"{role}_accuracy"]) for entry in entries if f"{role}_accuracy" in entry]
+        if points:
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, color=colour, marker="o", markersize=3, linewidth=1.8)
+            axes.annotate(role, points[-1], (6, 0), textcoords="offset points", color=colour, va="center")
+    axes.set(xlabel="optimiser step", ylabel="token accuracy", ylim=(0, 1.03))
+    axes.set_title("What training forgets and keeps", fontsize=11, loc="left")
+    axes.margins(x=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)

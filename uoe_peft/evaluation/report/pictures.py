@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLOURS = {"base": "#7f93ab", "unlearned": "#c8374b", "calibrated": "#c98a1b", "retrained": "#2e6f57"}
+from uoe_peft.palette import BASE, CALIBRATED, RETRAINED, UNLEARNED
+
+COLOURS = {"base": BASE, "unlearned": UNLEARNED, "calibrated": CALIBRATED, "retrained": RETRAINED}
 _WIDTH = 360  # of the drawing; a page shows it at this many pixels or more
 
 

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from uoe_peft.cli.options import OverwriteOption
+from uoe_peft.cli.outputs import check_file
 from uoe_peft.cli.parsing import parse
 from uoe_peft.evaluation import UnlearningReport
 from uoe_peft.evaluation.report.markdown import side_by_side
 from uoe_peft.evaluation.report.page import render_comparison
 
 
-@dataclass
-class ReportArguments:
+@dataclass(kw_only=True)
+class ReportArguments(OverwriteOption):
     """Which reports."""
 
     reports: list[str] = field(
@@ -26,10 +28,11 @@ class ReportArguments:
 def run(arguments: Sequence[str]) -> None:
     """Print the table and write it as Markdown and HTML."""
     (options,) = parse("report", arguments, ReportArguments)
+    for ending in (".md", ".html"):
+        check_file(options.output + ending, overwrite=options.overwrite, option="output")
     reports = load_reports(options.reports)
     table = side_by_side(reports)
     target = Path(options.output)
-    target.parent.mkdir(parents=True, exist_ok=True)
     files = [target.with_name(target.name + ending) for ending in (".md", ".html")]
     files[0].write_text(f"# {options.title}\n\n{table}\n", encoding="utf-8")
     files[1].write_text(render_comparison(reports, title=options.title), encoding="utf-8")

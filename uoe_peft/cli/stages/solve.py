@@ -5,26 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer
-
-from uoe_peft.cli.loading import load_model, load_rows
+from uoe_peft.cli.loading import load_model, load_set, load_tokenizer
+from uoe_peft.cli.options import ColumnOptions, ModelOptions, OverwriteOption
+from uoe_peft.cli.outputs import check_folder
 from uoe_peft.cli.parsing import parse
-from uoe_peft.cli.unlearn import target_experts
+from uoe_peft.cli.stages.unlearn import target_experts
+from uoe_peft.export import describe_adapter
 from uoe_peft.training.solve import solve_unlearning
 
 
-@dataclass
-class SolveArguments:
+@dataclass(kw_only=True)
+class SolveArguments(ModelOptions, ColumnOptions, OverwriteOption):
     """Which model, which sets, which experts, and how far to go."""
 
-    model_name_or_path: str = field(metadata={"help": "A Mixture-of-Experts model: folder, or name on the Hub."})
     forget_dataset: str = field(metadata={"help": "File, folder, or name on the Hub, as in locuslab/TOFU:forget10."})
     retain_dataset: str = field(metadata={"help": "Likewise; what is to be kept."})
     output_dir: str = field(metadata={"help": "Folder for the adapter."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of sets on the Hub."})
-    dtype: str = field(default="auto", metadata={"help": "Of the model: auto, bfloat16, float16 or float32."})
-    device_map: str | None = field(default=None, metadata={"help": "Where the model goes, for example auto."})
-    dequantize: bool = field(default=False, metadata={"help": "For weights that are stored in mxfp4 or FP8."})
     target_experts: list[str] = field(
         default_factory=lambda: ["auto"],
         metadata={"help": "Pairs layer:expert, as in 20:37 20:5; or auto, which attributes on the forget set first."},
@@ -47,7 +43,10 @@ class SolveArguments:
 def run(arguments: Sequence[str]) -> None:
     """Solve and write the adapter."""
     (options,) = parse("solve", arguments, SolveArguments)
-    tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
+    check_folder(options.output_dir, overwrite=options.overwrite, option="output_dir", own=("adapter_config.json",))
+    targets = target_experts(options.target_experts)
+    forget, retain = (load_set(source, options) for source in (options.forget_dataset, options.retain_dataset))
+    tokenizer = load_tokenizer(options.model_name_or_path)
     model = load_model(
         options.model_name_or_path,
         dtype=options.dtype,
@@ -56,10 +55,10 @@ def run(arguments: Sequence[str]) -> None:
     )
     solved = solve_unlearning(
         model.eval(),
-        load_rows(options.forget_dataset, split=options.dataset_split),
-        load_rows(options.retain_dataset, split=options.dataset_split),
+        forget,
+        retain,
         processing_class=tokenizer,
-        target_experts=target_experts(options.target_experts),
+        target_experts=targets,
         target=options.target,
         coefficient=options.coefficient,
         retain_weight=options.retain_weight,
@@ -72,4 +71,5 @@ def run(arguments: Sequence[str]) -> None:
     )
     solved.save_pretrained(options.output_dir)
     tokenizer.save_pretrained(options.output_dir)
+    print(describe_adapter(options.output_dir).summary())
     print(f"adapter written to {options.output_dir}; load it with `import uoe_peft` and PeftModel.from_pretrained")

@@ -198,6 +198,8 @@ def _unlearn(world: _World, targets: list[tuple[int, int]], options: DemoArgumen
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(TrainingBar)
     trainer.train()
+    if trainer.strength_choice is not None:
+        console.print(trainer.strength_choice.summary())
     return cast(PeftModel, trainer.model).eval()
 
 

@@ -11,9 +11,10 @@ from typing import Any, cast
 import yaml
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer
 
-from uoe_peft.cli.loading import load_model, load_rows
+from uoe_peft.cli.loading import load_model, load_set, load_tokenizer
+from uoe_peft.cli.options import ColumnOptions, OverwriteOption
+from uoe_peft.cli.outputs import check_folder
 from uoe_peft.cli.parsing import parse
 from uoe_peft.evaluation import (
     QuestionSet,
@@ -33,8 +34,8 @@ from uoe_peft.evaluation.suites.suite import OTHER_PROMPT
 from uoe_peft.tuner import UOEConfig  # noqa: F401  (registers the method with PEFT)
 
 
-@dataclass
-class EvaluateArguments:
+@dataclass(kw_only=True)
+class EvaluateArguments(ColumnOptions, OverwriteOption):
     """Which adapter, which questions."""
 
     adapter: str = field(metadata={"help": "Folder of the adapter, or its name on the Hub."})
@@ -47,7 +48,6 @@ class EvaluateArguments:
     holdout_dataset: str | None = field(
         default=None, metadata={"help": "Likewise: rows of the forget set's kind that no model was taught."}
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of sets on the Hub."})
     by: list[str] = field(default_factory=list, metadata={"help": "Columns with scores for each of their values."})
     tofu: str | None = field(default=None, metadata={"help": "Folder with TOFU's ..._perturbed.json files."})
     tofu_split: str = field(default="forget10", metadata={"help": "forget01, forget05 or forget10."})
@@ -85,11 +85,12 @@ class EvaluateArguments:
 def run(arguments: Sequence[str]) -> None:
     """Evaluate, print the table and write the report to `--output_dir`; answers so far are kept there, too."""
     (options,) = parse("evaluate", arguments, EvaluateArguments)
+    check_folder(options.output_dir, overwrite=options.overwrite, option="output_dir", own=("report.json",))
     name = options.model_name_or_path or PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
     if not name:
         raise ValueError(f"{options.adapter} does not say which base model it is for; pass --model_name_or_path")
     suite = suite_of(options)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(name)
     load = partial(load_model, dtype=options.dtype, device_map=options.device_map)
     model = PeftModel.from_pretrained(load(name), options.adapter).eval()
     asked = {"batch_size": options.batch_size, "max_length": options.max_length, "seed": options.seed}
@@ -128,7 +129,7 @@ def suite_of(options: EvaluateArguments) -> Suite:
         ValueError: The suite is unknown, or lacks its folder or its sets.
     """
     rows = {
-        role: load_rows(source, split=options.dataset_split)
+        role: load_set(source, options)
         for role in ("forget", "retain", "holdout")
         if (source := getattr(options, f"{role}_dataset")) is not None
     }

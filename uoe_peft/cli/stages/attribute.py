@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from transformers import AutoTokenizer
-
-from uoe_peft.attribution import attribute_experts
-from uoe_peft.cli.loading import load_model, load_rows
+from uoe_peft.attribution import ExpertAttribution, attribute_experts
+from uoe_peft.attribution.summary import GENERALIST_LIFT
+from uoe_peft.cli.loading import load_model, load_set, load_tokenizer
+from uoe_peft.cli.options import ColumnOptions, ModelOptions, OverwriteOption
+from uoe_peft.cli.outputs import check_file
 from uoe_peft.cli.parsing import parse
 
 
-@dataclass
-class AttributeArguments:
+@dataclass(kw_only=True)
+class AttributeArguments(ModelOptions, ColumnOptions, OverwriteOption):
     """Which model, which sets, which score."""
 
-    model_name_or_path: str = field(metadata={"help": "A Mixture-of-Experts model: folder, or name on the Hub."})
     forget_dataset: str = field(metadata={"help": "File, folder, or name on the Hub, as in locuslab/TOFU:forget10."})
     retain_dataset: str | None = field(default=None, metadata={"help": "Likewise; the score 'contrast' needs it."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of sets on the Hub."})
-    dtype: str = field(default="auto", metadata={"help": "Of the model: auto, bfloat16, float16 or float32."})
-    device_map: str | None = field(default=None, metadata={"help": "Where the model goes, for example auto."})
-    dequantize: bool = field(default=False, metadata={"help": "For weights that are stored in mxfp4 or FP8."})
     score: str = field(
         default="gate", metadata={"help": "How experts are ranked: gate, token_ratio, contrast, random."}
     )
@@ -42,17 +37,20 @@ class AttributeArguments:
 def run(arguments: Sequence[str]) -> None:
     """Print the best experts and write the attribution."""
     (options,) = parse("attribute", arguments, AttributeArguments)
+    check_file(options.output, overwrite=options.overwrite, option="output")
+    check_file(options.plot, overwrite=options.overwrite, option="plot")
+    forget = load_set(options.forget_dataset, options)
+    retain = options.retain_dataset and load_set(options.retain_dataset, options)
     model = load_model(
         options.model_name_or_path,
         dtype=options.dtype,
         device_map=options.device_map,
         dequantize=options.dequantize,
     )
-    retain = options.retain_dataset and load_rows(options.retain_dataset, split=options.dataset_split)
     attribution = attribute_experts(
         model.eval(),
-        load_rows(options.forget_dataset, split=options.dataset_split),
-        processing_class=AutoTokenizer.from_pretrained(options.model_name_or_path),
+        forget,
+        processing_class=load_tokenizer(options.model_name_or_path),
         score=options.score,
         gate=options.gate,
         retain_dataset=retain,
@@ -61,10 +59,20 @@ def run(arguments: Sequence[str]) -> None:
         max_length=options.max_length,
         seed=options.seed,
     )
-    for layer_idx, expert_idx, affinity in attribution.ranking()[: options.top]:
-        print(f"layer {layer_idx:3}  expert {expert_idx:3}  {affinity:.4f}")
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    print(attribution.summary(num_experts=options.top))
+    print(_advice(attribution))
     attribution.save(options.output)
     if options.plot:
         attribution.plot(options.plot)
     print(f"written to {options.output}; in Python: ExpertAttribution.load({options.output!r}).top(1)")
+    print(f"next: uoe-peft unlearn --target_experts {':'.join(map(str, attribution.top(1)[0]))}")
+
+
+def _advice(attribution: ExpertAttribution) -> str:
+    """Which score to trust, from what was measured."""
+    lift = attribution.lift(attribution.top(1)[0])
+    if lift is None:
+        return "advice: without --retain_dataset nothing tells a specialist from an expert that is busy on any text"
+    if attribution.score == "gate" and lift < GENERALIST_LIFT:
+        return "advice: the best expert is busy on any text; trust --score contrast, which subtracts the retain set"
+    return "advice: gate and contrast agree where lift is high; where they do not, trust contrast"

@@ -1,0 +1,143 @@
+"""Train an adapter that forgets a set."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uoe_peft.cli.loading import load_model, load_set, load_tokenizer
+from uoe_peft.cli.options import ColumnOptions, ModelOptions, OverwriteOption
+from uoe_peft.cli.outputs import check_folder
+from uoe_peft.cli.parsing import parse
+from uoe_peft.cli.picture import draw_training
+from uoe_peft.cli.stopping import StopAfterStep
+from uoe_peft.export import describe_adapter
+from uoe_peft.training import UnlearningConfig, UnlearningTrainer
+from uoe_peft.tuner import UOEConfig
+
+_NO_FOLDER = "trainer_output"  # what transformers writes to where nothing is said
+_SIZE = "adapter_model.safetensors"
+
+
+@dataclass(kw_only=True)
+class UnlearnArguments(ModelOptions, ColumnOptions, OverwriteOption):
+    """Which model, which sets, which experts; the options of the training itself are those of `UnlearningConfig`."""
+
+    forget_dataset: str = field(metadata={"help": "File, folder, or name on the Hub, as in locuslab/TOFU:forget10."})
+    retain_dataset: str | None = field(default=None, metadata={"help": "Likewise; any retain loss needs it."})
+    target_experts: list[str] = field(
+        default_factory=lambda: ["auto"],
+        metadata={"help": "Pairs layer:expert, as in 20:37 20:5; or auto, which attributes on the forget set first."},
+    )
+    delta_type: str = field(default="full", metadata={"help": "full or low_rank."})
+    r: int = field(default=16, metadata={"help": "Rank of a low-rank delta."})
+    uoe_alpha: float = field(default=32, metadata={"help": "Scale of a low-rank delta: uoe_alpha / r."})
+    train_router: bool = field(default=True, metadata={"help": "Whether the routers of the target layers are trained."})
+    compare_examples: int = field(
+        default=32, metadata={"help": "Rows of each set for the table of before and after; 0: no table."}
+    )
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Train and write the adapter to `--output_dir`."""
+    options, training = parse("unlearn", arguments, UnlearnArguments, UnlearningConfig)
+    trainer = _trainer(options, training)
+    stopping = StopAfterStep()
+    trainer.add_callback(stopping)
+    before = _scores(trainer, options.compare_examples)
+    with stopping.listening():
+        trainer.train(resume_from_checkpoint=_resumed(training.resume_from_checkpoint))
+    if stopping.asked:
+        words = shlex.join(["uoe-peft", "unlearn", *arguments, "--resume_from_checkpoint", "true"])
+        raise KeyboardInterrupt(f"A checkpoint is in {training.output_dir}; to go on: {words}")
+    trainer.save_model(training.output_dir)
+    _say(trainer, before, _scores(trainer, options.compare_examples))
+
+
+def _trainer(options: UnlearnArguments, training: UnlearningConfig) -> UnlearningTrainer:
+    """The trainer, after everything that can be checked without a model was checked."""
+    if training.output_dir == _NO_FOLDER:
+        raise ValueError("unlearn needs --output_dir, the folder for the adapter")
+    goes_on = _resumed(training.resume_from_checkpoint) is not None
+    check_folder(
+        str(training.output_dir),
+        overwrite=options.overwrite or goes_on,
+        option="output_dir",
+        own=("adapter_config.json", "config.json"),
+    )
+    config = UOEConfig(
+        target_experts=target_experts(options.target_experts),
+        delta_type=options.delta_type,
+        r=options.r,
+        uoe_alpha=options.uoe_alpha,
+        train_router=options.train_router,
+    )
+    forget = load_set(options.forget_dataset, options)
+    retain = load_set(options.retain_dataset, options) if options.retain_dataset else None
+    return UnlearningTrainer(
+        model=load_model(
+            options.model_name_or_path,
+            dtype=options.dtype,
+            device_map=options.device_map,
+            dequantize=options.dequantize,
+        ),
+        args=training,
+        train_dataset=forget,
+        retain_dataset=retain,
+        processing_class=load_tokenizer(options.model_name_or_path),
+        peft_config=config,
+    )
+
+
+def _resumed(word: str | None) -> str | bool | None:
+    """A folder, True for the last checkpoint, None for a fresh start."""
+    known: Mapping[str | None, bool | None] = {"true": True, "True": True, "false": None, "False": None}
+    return known.get(word, word)
+
+
+def _scores(trainer: UnlearningTrainer, num_examples: int) -> dict[str, dict[str, float]]:
+    """Likelihood and token accuracy on the first rows of each set that training reads."""
+    scores = {}
+    for role, rows in trainer.train_dataset.sets.items() if num_examples else ():
+        few: Any = rows.select(range(min(num_examples, len(rows))))
+        found = trainer.evaluate(few, metric_key_prefix=role)
+        scores[role] = {"loss": found[f"{role}_loss"], "accuracy": found["eval_mean_token_accuracy"]}
+    return scores
+
+
+def _say(
+    trainer: UnlearningTrainer, before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
+) -> None:
+    folder = Path(str(trainer.args.output_dir))
+    print(describe_adapter(str(folder)).summary())
+    if trainer.strength_choice is not None:
+        print(trainer.strength_choice.summary())
+    for role in before:
+        for metric, unit in (("loss", "nats a token"), ("accuracy", "of the tokens")):
+            print(f"{role:8} {metric:9} {before[role][metric]:7.3f} -> {after[role][metric]:7.3f} {unit}")
+    picture = folder / "training.png"
+    drawn = draw_training(picture, trainer.state.log_history)
+    print(
+        f"adapter: {folder / _SIZE}, {(folder / _SIZE).stat().st_size / 1e6:.2f} MB" + (f"; picture: {picture}" * drawn)
+    )
+    print("load it with `import uoe_peft` and PeftModel.from_pretrained; ask it more with uoe-peft evaluate")
+
+
+def target_experts(words: Sequence[str]) -> str | list[tuple[int, int]]:
+    """`"auto"`, or the pairs that words such as `"20:37"` name.
+
+    Raises:
+        ValueError: A word is no pair.
+    """
+    if list(words) == ["auto"]:
+        return "auto"
+    pairs = []
+    for word in words:
+        layer_idx, separator, expert_idx = word.partition(":")
+        if not (separator and layer_idx.isdigit() and expert_idx.isdigit()):
+            raise ValueError(f"target_experts must be pairs layer:expert such as 20:37, or auto, got {word!r}")
+        pairs.append((int(layer_idx), int(expert_idx)))
+    return pairs
