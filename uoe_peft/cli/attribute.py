@@ -24,6 +24,7 @@ class AttributeArguments:
     dtype: str = field(default="auto", metadata={"help": "Of the model: auto, bfloat16, float16 or float32."})
     device_map: str | None = field(default=None, metadata={"help": "Where the model goes, for example auto."})
     dequantize: bool = field(default=False, metadata={"help": "For weights that are stored in mxfp4 or FP8."})
+    stream: bool = field(default=False, metadata={"help": "Read the model from disk layer by layer: for any size."})
     score: str = field(
         default="gate", metadata={"help": "How experts are ranked: gate, token_ratio, contrast, random."}
     )
@@ -47,6 +48,7 @@ def run(arguments: Sequence[str]) -> None:
         dtype=options.dtype,
         device_map=options.device_map,
         dequantize=options.dequantize,
+        stream=options.stream,
     )
     retain = options.retain_dataset and load_rows(options.retain_dataset, split=options.dataset_split)
     attribution = attribute_experts(

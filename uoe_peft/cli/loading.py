@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from datasets import Dataset, load_dataset, load_from_disk
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from uoe_peft.precision import fast_dtype
+from uoe_peft.streaming import StreamedModel
+
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_model(name: str, *, dtype: str, device_map: str | None, dequantize: bool = False) -> PreTrainedModel:
+def load_model(
+    name: str, *, dtype: str, device_map: str | None, dequantize: bool = False, stream: bool = False
+) -> PreTrainedModel:
     """A causal language model.
 
     Args:
@@ -21,11 +27,23 @@ def load_model(name: str, *, dtype: str, device_map: str | None, dequantize: boo
         device_map: Where the model goes, as in transformers.
         dequantize: Turn weights that are stored in mxfp4 or FP8 into `dtype`: experts in such a form cannot be trained.
 
+        stream: Leave the weights on disk and read them layer by layer; "auto" then means float32 where the CPU is slow
+            in the dtype of the checkpoint.
+
     Raises:
-        ValueError: `dequantize` for a model that is stored in another form.
+        ValueError: `dequantize` for a model that is stored in another form; `stream` with `device_map` or `dequantize`.
     """
+    if stream:
+        if device_map is not None or dequantize:
+            raise ValueError("stream reads layers from disk to one device; leave out device_map and dequantize")
+        return cast(PreTrainedModel, StreamedModel.from_pretrained(name, dtype=_streamed_dtype(name, dtype)))
     quantization = {"quantization_config": _dequantized(name)} if dequantize else {}
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **quantization)
+
+
+def _streamed_dtype(name: str, dtype: str) -> str | torch.dtype:
+    stored = AutoConfig.from_pretrained(name).dtype if dtype == "auto" else None
+    return fast_dtype(stored) if isinstance(stored, torch.dtype) else "float32" if dtype == "auto" else dtype
 
 
 def _dequantized(name: str) -> Any:

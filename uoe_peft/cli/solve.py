@@ -25,6 +25,7 @@ class SolveArguments:
     dtype: str = field(default="auto", metadata={"help": "Of the model: auto, bfloat16, float16 or float32."})
     device_map: str | None = field(default=None, metadata={"help": "Where the model goes, for example auto."})
     dequantize: bool = field(default=False, metadata={"help": "For weights that are stored in mxfp4 or FP8."})
+    stream: bool = field(default=False, metadata={"help": "Read the model from disk layer by layer: for any size."})
     target_experts: list[str] = field(
         default_factory=lambda: ["auto"],
         metadata={"help": "Pairs layer:expert, as in 20:37 20:5; or auto, which attributes on the forget set first."},
@@ -53,6 +54,7 @@ def run(arguments: Sequence[str]) -> None:
         dtype=options.dtype,
         device_map=options.device_map,
         dequantize=options.dequantize,
+        stream=options.stream,
     )
     solved = solve_unlearning(
         model.eval(),
