@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from uoe_peft.moe import find_moe_blocks
     from uoe_peft.attribution import ExpertAttribution, attribute_experts
     from uoe_peft.tuner import UOEConfig, UOEModel
+    from uoe_peft.streaming import StreamedModel
     from uoe_peft.training import UnlearningConfig, UnlearningTrainer, solve_unlearning
     from uoe_peft.evaluation import UnlearningReport, calibrate_scale, evaluate_unlearning
     from uoe_peft.export import export_lora, merge_checkpoint, unmerge_checkpoint
@@ -26,6 +27,7 @@ _ROOM_OF = {
     "ExpertAttribution": "attribution",
     "UOEConfig": "tuner",
     "UOEModel": "tuner",
+    "StreamedModel": "streaming",
     "UnlearningConfig": "training",
     "UnlearningTrainer": "training",
     "solve_unlearning": "training",
@@ -43,6 +45,7 @@ __all__ = [
     "ExpertAttribution",
     "UOEConfig",
     "UOEModel",
+    "StreamedModel",
     "UnlearningConfig",
     "UnlearningTrainer",
     "solve_unlearning",

@@ -5,19 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from datasets import Dataset, load_dataset, load_from_disk
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from uoe_peft.cli.options import ColumnOptions
+from uoe_peft.precision import fast_dtype
+from uoe_peft.streaming import StreamedModel
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
-def load_model(name: str, *, dtype: str, device_map: str | None, dequantize: bool = False) -> PreTrainedModel:
+def load_model(
+    name: str, *, dtype: str, device_map: str | None, dequantize: bool = False, stream: bool = False
+) -> PreTrainedModel:
     """A causal language model.
 
     Args:
@@ -25,11 +30,18 @@ def load_model(name: str, *, dtype: str, device_map: str | None, dequantize: boo
         dtype: "auto", or the name of a dtype.
         device_map: Where the model goes, as in transformers.
         dequantize: Turn weights that are stored in mxfp4 or FP8 into `dtype`: experts in such a form cannot be trained.
+        stream: Leave the weights on disk and read them layer by layer; "auto" then means float32 where the CPU is slow
+            in the dtype of the checkpoint.
 
     Raises:
-        ValueError: `dequantize` for a model that is stored in another form, or there is no such model.
+        ValueError: `dequantize` for a model that is stored in another form, there is no such model, or `stream` with
+            `device_map` or `dequantize`.
     """
     _check_model(name)
+    if stream:
+        if device_map is not None or dequantize:
+            raise ValueError("stream reads layers from disk to one device; leave out device_map and dequantize")
+        return cast(PreTrainedModel, StreamedModel.from_pretrained(name, dtype=_streamed_dtype(name, dtype)))
     quantization = {"quantization_config": _dequantized(name)} if dequantize else {}
     return _or_absent(
         name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **quantization)
@@ -64,6 +76,11 @@ def _or_absent(name: str, load: Callable[[], Any]) -> Any:
             f"there is no folder {name} here, and the Hub did not give a model of this name "
             f"({' '.join(str(error).split())[:120]}…); check the spelling and the connection"
         ) from error
+
+
+def _streamed_dtype(name: str, dtype: str) -> str | torch.dtype:
+    stored = AutoConfig.from_pretrained(name).dtype if dtype == "auto" else None
+    return fast_dtype(stored) if isinstance(stored, torch.dtype) else "float32" if dtype == "auto" else dtype
 
 
 def _dequantized(name: str) -> Any:

@@ -13,6 +13,7 @@ class ModelOptions:
     dtype: str = field(default="auto", metadata={"help": "Of the model: auto, bfloat16, float16 or float32."})
     device_map: str | None = field(default=None, metadata={"help": "Where the model goes, for example auto."})
     dequantize: bool = field(default=False, metadata={"help": "For weights that are stored in mxfp4 or FP8."})
+    stream: bool = field(default=False, metadata={"help": "Read the model from disk layer by layer: for any size."})
 
 
 @dataclass(kw_only=True)

@@ -46,6 +46,7 @@ def run(arguments: Sequence[str]) -> None:
         dtype=options.dtype,
         device_map=options.device_map,
         dequantize=options.dequantize,
+        stream=options.stream,
     )
     attribution = attribute_experts(
         model.eval(),

@@ -77,6 +77,9 @@ class EvaluateArguments(ColumnOptions, OverwriteOption):
     max_new_tokens: int = field(default=128, metadata={"help": "Where an answer is cut."})
     dtype: str = field(default="auto", metadata={"help": "Of the models: auto, bfloat16, float16 or float32."})
     device_map: str | None = field(default=None, metadata={"help": "Where the models go, for example auto."})
+    stream: bool = field(
+        default=False, metadata={"help": "Read the model from disk layer by layer: by likelihood alone, no attacks."}
+    )
     seed: int = field(default=0, metadata={"help": "Of the draws."})
     output_dir: str = field(default="evaluation", metadata={"help": "Where the report goes, and answers so far."})
     title: str = field(default="Unlearning report", metadata={"help": "Of the page."})
@@ -90,8 +93,10 @@ def run(arguments: Sequence[str]) -> None:
     if not name:
         raise ValueError(f"{options.adapter} does not say which base model it is for; pass --model_name_or_path")
     suite = suite_of(options)
+    if options.stream and options.attacks:
+        raise ValueError("attacks change or generate with the whole model, which a streamed one is not; leave them out")
     tokenizer = load_tokenizer(name)
-    load = partial(load_model, dtype=options.dtype, device_map=options.device_map)
+    load = partial(load_model, dtype=options.dtype, device_map=options.device_map, stream=options.stream)
     model = PeftModel.from_pretrained(load(name), options.adapter).eval()
     asked = {"batch_size": options.batch_size, "max_length": options.max_length, "seed": options.seed}
     asked["max_new_tokens"] = options.max_new_tokens

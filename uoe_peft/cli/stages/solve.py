@@ -52,6 +52,7 @@ def run(arguments: Sequence[str]) -> None:
         dtype=options.dtype,
         device_map=options.device_map,
         dequantize=options.dequantize,
+        stream=options.stream,
     )
     solved = solve_unlearning(
         model.eval(),

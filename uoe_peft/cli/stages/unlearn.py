@@ -83,6 +83,7 @@ def _trainer(options: UnlearnArguments, training: UnlearningConfig) -> Unlearnin
             dtype=options.dtype,
             device_map=options.device_map,
             dequantize=options.dequantize,
+            stream=options.stream,
         ),
         args=training,
         train_dataset=forget,
