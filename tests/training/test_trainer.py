@@ -234,11 +234,10 @@ def test_a_slow_type_is_said_before_training(make_trainer, build, monkeypatch, c
 
 def test_auto_is_what_the_first_process_found(make_trainer, build, monkeypatch):
     def first(objects, from_process=0):
-        assert objects[0].target_experts != [(1, 1)] and from_process == 0
-        objects[0].target_experts = [(1, 1)]
-        return objects
+        assert objects[0] != [(1, 1)] and from_process == 0
+        return [[(1, 1)], objects[1]]
 
-    monkeypatch.setattr("uoe_peft.training.processes.broadcast_object_list", first)
+    monkeypatch.setattr("uoe_peft.training.auto.broadcast_object_list", first)
     trainer = make_trainer(
         build.model(), peft_config=UOEConfig(target_experts="auto"), attribution_score="random", seed=1
     )

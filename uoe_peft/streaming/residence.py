@@ -66,8 +66,12 @@ class Residence:
         for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
             if tensor.is_meta:
                 path, _, own_name = name.rpartition(".")
-                slot = _Slot(model.get_submodule(path), own_name, self._held_as(model, name), tensor)
+                module = model.get_submodule(path)
+                # Some families send ids to where the embedding's weight is, and on the meta device they would be lost.
+                absent = _weightless(tensor, device) if module is model.get_input_embeddings() else tensor
+                slot = _Slot(module, own_name, self._held_as(model, name), absent)
                 self._slots[self._part_of(name)].append(slot)
+                slot.clear()
 
     def __contains__(self, key: PartKey) -> bool:
         return key in self._slots
@@ -185,6 +189,12 @@ class Residence:
                 f"{there / 2**30:.1f} GiB of this machine; use forget_loss='rmu' with retain_loss='embed_diff' or "
                 "'none', which need the edited layer alone, a higher layer, or a narrower dtype"
             )
+
+
+def _weightless(tensor: Tensor, device: torch.device) -> nn.Parameter:
+    """A parameter of a tensor's shape and dtype on a device, where it takes the memory of one number."""
+    one = torch.zeros((), dtype=tensor.dtype, device=device)
+    return nn.Parameter(one.expand(tensor.shape), requires_grad=False)
 
 
 def physical_memory() -> int | None:

@@ -47,14 +47,20 @@ def run(arguments: Sequence[str]) -> None:
     trainer = _trainer(options, training)
     stopping = StopAfterStep()
     trainer.add_callback(stopping)
-    before = _scores(trainer, options.compare_examples)
+    # The trainer's evaluation takes the LM head's weights themselves, which a streamed model does not hold.
+    compared = 0 if options.stream else options.compare_examples
+    before = _scores(trainer, compared)
     with stopping.listening():
         trainer.train(resume_from_checkpoint=_resumed(training.resume_from_checkpoint))
     if stopping.asked:
         words = shlex.join(["uoe-peft", "unlearn", *arguments, "--resume_from_checkpoint", "true"])
         raise KeyboardInterrupt(f"A checkpoint is in {training.output_dir}; to go on: {words}")
     trainer.save_model(training.output_dir)
-    _say(trainer, before, _scores(trainer, options.compare_examples))
+    _say(trainer, before, _scores(trainer, compared))
+    if options.stream:
+        print(
+            "no table of before and after: the model was streamed; uoe-peft evaluate --stream true compares by likelihood"
+        )
 
 
 def _trainer(options: UnlearnArguments, training: UnlearningConfig) -> UnlearningTrainer:
