@@ -58,9 +58,7 @@ def run(arguments: Sequence[str]) -> None:
     trainer.save_model(training.output_dir)
     _say(trainer, before, _scores(trainer, compared))
     if options.stream:
-        print(
-            "no table of before and after: the model was streamed; uoe-peft evaluate --stream true compares by likelihood"
-        )
+        print("no table of before and after of a streamed model; uoe-peft evaluate --stream true has one")
 
 
 def _trainer(options: UnlearnArguments, training: UnlearningConfig) -> UnlearningTrainer:
