@@ -55,7 +55,7 @@ def help_of(stage: str) -> str:
 
 
 def options_of(path: str, class_name: str) -> list[Option]:
-    """The fields of a dataclass that the package defines, those of its bases in `cli/options.py` after its own.
+    """The fields of a dataclass that the package defines, those of its bases in the package with them.
 
     Args:
         path: The module, seen from the package's folder.
@@ -64,11 +64,20 @@ def options_of(path: str, class_name: str) -> list[Option]:
     tree = _tree(path)
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
     own = [_option(node, tree) for node in body.body if isinstance(node, ast.AnnAssign)]
-    shared = {node.name: node for node in _tree("cli/options.py").body if isinstance(node, ast.ClassDef)}
-    bases = [base.id for base in body.bases if isinstance(base, ast.Name) and base.id in shared]
-    inherited = [option for base in bases for option in options_of("cli/options.py", base)]
+    named = [base.id for base in body.bases if isinstance(base, ast.Name)]
+    places = {base: _module_of(base, tree) for base in named}
+    inherited = [option for base, place in places.items() if place for option in options_of(place, base)]
     everything = [option for option in (*inherited, *own) if option is not None]
     return sorted(everything, key=lambda option: option.default is not None)  # what must be given comes first
+
+
+def _module_of(name: str, tree: ast.Module) -> str | None:
+    """The module of the package that a name is imported from; None for names from outside."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            path = Path(*(node.module or "").split(".")[1:]).with_suffix(".py")
+            return str(path) if (node.module or "").startswith("uoe_peft.") and (_PACKAGE / path).is_file() else None
+    return None
 
 
 def _tree(path: str) -> ast.Module:
@@ -122,10 +131,8 @@ def _choices(annotation: ast.expr, tree: ast.Module) -> tuple[str, ...]:
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == annotation.id:
             return _choices(node.value, tree)
-        if isinstance(node, ast.ImportFrom) and annotation.id in [alias.name for alias in node.names]:
-            path = Path(*(node.module or "").split(".")[1:]).with_suffix(".py")
-            return _choices(annotation, _tree(str(path))) if (_PACKAGE / path).is_file() else ()
-    return ()
+    place = _module_of(annotation.id, tree)
+    return _choices(annotation, _tree(place)) if place else ()
 
 
 def _table(options: list[Option]) -> list[str]:
