@@ -20,7 +20,7 @@ from uoe_peft.evaluation import (
     suites,
     tofu_suite,
 )
-from uoe_peft.testbed import FORGET_TOPIC, load_facts
+from uoe_peft.testbed import FORGET_TOPIC, as_prompt, load_facts, load_refusals
 
 ROWS = Dataset.from_list([{"prompt": "a", "completion": " b", "topic": "x"}])
 
@@ -106,12 +106,15 @@ def test_options_from_lists_and_letters() -> None:
 
 def test_the_testbed_keeps_neighbours_apart_and_holds_out_new_subjects() -> None:
     suite = suites.testbed_suite(num_holdout_subjects=3)
-    known = set(load_facts()["subject"])
+    known = {*load_facts()["subject"], *load_refusals()["subject"]}
     assert len(suite.sets[3].rows) == 30
     assert not known & set(suite.sets[3].rows["subject"])
     assert FORGET_TOPIC not in suite.sets[2].rows["topic"]
-    plain, reworded = (part.rows["prompt"] for part in suite.sets[:2])
-    assert list(suite.sets[0].rows["paraphrased_prompt"]) == list(reworded) != list(plain)
+    learned = {as_prompt(question) for fact in load_facts([FORGET_TOPIC]) for question in fact["phrasings"]}
+    plain, reworded = (set(part.rows["prompt"]) for part in suite.sets[:2])
+    assert len(plain) == 200 and len(reworded) == 60
+    assert plain <= learned and not reworded & learned
+    assert reworded < set(suite.sets[0].rows["paraphrased_prompt"])
 
 
 def test_what_makes_no_suite_is_refused() -> None:

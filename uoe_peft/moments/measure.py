@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from uoe_peft.data import Batch
 from uoe_peft.moe import MoEBlock
+from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.interventions import run_until_routed
 from uoe_peft.moe.passes import Pass, run_passes
 from uoe_peft.moe.router_inputs import record_router_input
@@ -105,7 +106,7 @@ def _read(
     sums: dict[SliceName, _Sums] = {}
     num_tokens = 0
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    with _evaluating(model), ExitStack() as stack:
+    with evaluation_mode(model), ExitStack() as stack:
         enter = stack.enter_context
         experts = {b.layer_idx: enter(record_expert_inputs(model, b, by_layer[b.layer_idx])) for b in blocks}
         inputs = {b.layer_idx: enter(record_router_input(b)) for b in blocks if routers}
@@ -173,15 +174,3 @@ def _warn_of_few(slices: Mapping[SliceName, SliceMoments], name: str) -> None:
             "none of them takes count as free; pass more rows",
             stacklevel=3,
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the context; every module's own mode after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
