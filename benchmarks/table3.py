@@ -26,95 +26,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from dataclasses import asdict, replace
 from itertools import product
-from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from peft import LoraConfig, PeftConfig, get_peft_model
-from table3_report import Limits, Look, Run, Table, best_look, cells_of, write_report
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback, set_seed
+from table3_ground import Ground, base_weights, load, prepare, rounded, scores, tested
+from table3_report import Look, Run, Table, best_look, cells_of, write_report
+from table3_settings import EXPERTS_A_LAYER, LOSSES, RATES, Table3Arguments, check_settings
+from transformers import HfArgumentParser, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from uoe_peft import ExpertAttribution, UnlearningConfig, UnlearningTrainer, UOEConfig, attribute_experts
-from uoe_peft.cli.loading import load_rows
-from uoe_peft.data.alternatives import load_idk_answers
-from uoe_peft.evaluation.attacks import quantization, relearning
-from uoe_peft.evaluation.generation import greedy_answers
-from uoe_peft.evaluation.likelihood import score_answers
-from uoe_peft.evaluation.metrics import rouge_l_recall
-from uoe_peft.evaluation.questions import Questions, questions_of
-from uoe_peft.testbed import FORGET_TOPIC, TOPICS, checkpoint_path, is_refusal, load_facts
-
-NPO = {"forget_loss": "npo", "beta": 0.05, "retain_loss": "nll", "retain_weight": 8.0}
-LOSSES: dict[str, dict[str, Any]] = {
-    "NPO + refusals": {**NPO, "alternative_weight": 1.0},
-    "NPO": NPO,
-    "GDiff": {"forget_loss": "grad_ascent", "retain_loss": "nll"},
-    "RMU": {"forget_loss": "rmu", "retain_loss": "embed_diff", "retain_weight": 30.0},
-    "GA": {"forget_loss": "grad_ascent", "retain_loss": "none"},
-}
-# By loss: all parameters, LoRA, experts; the first is what pilots or earlier tables found, the second its neighbour.
-RATES: dict[str, tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]] = {
-    "NPO + refusals": ((1e-3, 3e-4), (3e-3, 1e-2), (5e-3, 2e-3)),
-    "NPO": ((1e-3, 3e-4), (3e-3, 1e-2), (5e-3, 2e-3)),
-    "GDiff": ((3e-4, 1e-3), (1e-3, 3e-3), (1e-3, 3e-3)),
-    "RMU": ((1e-3, 3e-4), (3e-3, 1e-2), (3e-3, 1e-2)),
-    "GA": ((1e-4, 3e-5), (1e-3, 3e-4), (1e-3, 3e-4)),
-}
-UOE_MANY = "UOE, 16 experts"
-PARTS = ("all", "LoRA", "ESFT", "random expert", "UOE gate", "UOE contrast", UOE_MANY)
-EXPERTS_A_LAYER = 4  # of UOE_MANY: 16 in the 4 layers of the testbed
-MAY_CHANGE = ("output_dir", "minutes", "seeds", "losses", "parts", "num_rates")
-
-
-@dataclass
-class Table3Arguments:
-    """Which model and sets, how long, how often."""
-
-    output_dir: Path = field(default=Path("outputs/table3"), metadata={"help": "Where runs, tables and picture go."})
-    minutes: float = field(default=120.0, metadata={"help": "No run begins after this; start again to go on."})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of training and of the random expert."})
-    losses: list[str] = field(default_factory=lambda: list(LOSSES), metadata={"help": "Columns of the table."})
-    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": "What is trained."})
-    num_rates: int = field(default=2, metadata={"help": "Learning rates tried, of two."})
-    rate_factor: float = field(default=1.0, metadata={"help": "On all learning rates, for other models."})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "None: the shipped testbed."})
-    retrained_model: str | None = field(default=None, metadata={"help": "Twin that never saw the forget set."})
-    forget_dataset: str | None = field(default=None, metadata={"help": "File, folder or name on the Hub."})
-    retain_dataset: str | None = field(default=None, metadata={"help": "Likewise; half of it is held out."})
-    dtype: str = field(default="float32", metadata={"help": "Of the models."})
-    margin: float = field(default=0.05, metadata={"help": "Above the twin's forget ROUGE-L and probability."})
-    steps: int = field(default=120, metadata={"help": "Of every run; the learning rate falls linearly to 0."})
-    looks: list[int] = field(default_factory=lambda: [15, 40, 80, 120], metadata={"help": "Steps to choose from."})
-    strengths: list[float] = field(
-        default_factory=lambda: [1.0, 0.85, 0.7, 0.55], metadata={"help": "Tried in this order, until a limit breaks."}
-    )
-    batch_size: int = field(default=8, metadata={"help": "Forget rows a step, and as many retain rows."})
-    num_validation: list[int] = field(default_factory=lambda: [40, 60], metadata={"help": "Forget, retain rows asked."})
-    num_test: list[int] = field(default_factory=lambda: [60, 120], metadata={"help": "The same of the test half."})
-    num_relearned: int = field(default=40, metadata={"help": "Rows of the validation half that are relearned."})
-    max_new_tokens: int = field(default=48, metadata={"help": "Where an answer is cut."})
-    esft_share: float = field(default=0.2, metadata={"help": "Affinity p that ESFT's experts hold in each layer."})
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What all runs share; `asked` by half and role."""
-
-    args: Table3Arguments
-    base: str
-    forget: Dataset
-    retain: Dataset
-    relearned: Dataset
-    asked: dict[str, dict[str, Questions]]
-    attributions: dict[str, ExpertAttribution]
-    tokenizer: Any
-    limits: Limits
+from uoe_peft import ExpertAttribution, UnlearningConfig, UnlearningTrainer, UOEConfig
 
 
 def main() -> None:
@@ -136,26 +61,13 @@ def main() -> None:
             print(f"{args.minutes} minutes are over; start again to go on")
             break
         loss, part, _, seed = key
-        rivals = [run.merit for run in runs if (run.loss, run.part, run.seed) == (loss, part, seed)]
-        runs.append(unlearn(ground, *key, beats=max(rivals, default=None)))
+        rivals = [run.merit for run in runs if (run.loss, run.part, run.seed) == (loss, part, args.seeds[0])]
+        runs.append(unlearn(ground, *key, beats=max(rivals, default=None) if seed == args.seeds[0] else None))
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(runs[-1])) + "\n")
         print(runs[-1].summary(), flush=True)
     cells = cells_of(runs, first_seed=args.seeds[0])
     write_report(args.output_dir, runs, Table(cells, references, ground.limits, args.losses, args.parts))
-
-
-def check_settings(args: Table3Arguments) -> None:
-    """Write what all runs must have in common; or compare with what is written, so that no table mixes two."""
-    settings = {name: value for name, value in asdict(args).items() if name not in MAY_CHANGE}
-    settings |= {"losses": LOSSES, "experts_a_layer": EXPERTS_A_LAYER}
-    path = args.output_dir / "settings.json"
-    if not path.exists():
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    before = json.loads(path.read_text(encoding="utf-8"))
-    differing = sorted(name for name in settings if settings[name] != before.get(name))
-    if differing:
-        raise ValueError(f"the runs in {args.output_dir} had other {differing}; choose another --output_dir")
 
 
 def planned(args: Table3Arguments, runs: Sequence[Run]) -> Iterator[tuple[str, str, float, int]]:
@@ -169,137 +81,6 @@ def planned(args: Table3Arguments, runs: Sequence[Run]) -> Iterator[tuple[str, s
     cells = cells_of(runs, first_seed=first)
     for seed, loss, part in product(further, args.losses, args.parts):
         yield loss, part, cells[loss, part].rate, seed
-
-
-def prepare(args: Table3Arguments) -> tuple[Ground, dict[str, dict[str, float]]]:
-    """What all runs share; and the scores of base and twin on the test half."""
-    base, twin, forget, everything = sources(args)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    halves = everything.train_test_split(test_size=0.5, seed=0)
-    asked_of = {
-        "forget": forget.train_test_split(test_size=0.5, seed=0),
-        "retain": halves["test"].train_test_split(test_size=0.5, seed=0),
-    }
-    asked = {
-        half: {
-            role: questions_of(asked_of[role][split], tokenizer, max_length=None, max_examples=n, seed=0, name=role)
-            for role, n in zip(asked_of, numbers, strict=True)
-        }
-        for half, split, numbers in (("validation", "train", args.num_validation), ("test", "test", args.num_test))
-    }
-    attributions = {
-        score: attribute_experts(
-            load(base, args.dtype),
-            forget,
-            processing_class=tokenizer,
-            score=score,
-            retain_dataset=halves["train"],
-            seed=0,
-            show_progress=False,
-        )
-        for score in ("gate", "contrast")
-    }
-    relearned = asked_of["forget"]["train"].select(range(min(args.num_relearned, len(asked_of["forget"]["train"]))))
-    # A ground without limits yet, to measure the twin that sets them.
-    bare = Ground(args, base, forget, halves["train"], relearned, asked, attributions, tokenizer, Limits(0.0, 0.0))
-    model = load(twin, args.dtype)
-    twins = [scores(bare, model, half) for half in asked]
-    limits = Limits(*(fmean(own[name] for own in twins) + args.margin for name in ("forget", "probability")))
-    ground = Ground(args, base, forget, halves["train"], relearned, asked, attributions, tokenizer, limits)
-    references = {"base": scores(bare, load(base, args.dtype), "test"), "retrained": tested(ground, model)}
-    tops = {score: attribution.top(1) for score, attribution in attributions.items()}
-    print(f"{tops}\n{references}\n{limits}", flush=True)
-    return ground, references
-
-
-def sources(args: Table3Arguments) -> tuple[str, str, Dataset, Dataset]:
-    """Names of base and twin; the forget set and all else that the base knows.
-
-    Raises:
-        ValueError: A model of one's own comes without its twin or sets.
-    """
-    if args.model_name_or_path is None:
-        others = load_facts([topic for topic in TOPICS if topic != FORGET_TOPIC])
-        return str(checkpoint_path("base")), str(checkpoint_path("retrained")), load_facts([FORGET_TOPIC]), others
-    if not (args.retrained_model and args.forget_dataset and args.retain_dataset):
-        raise ValueError(
-            "a model of your own needs --retrained_model, which says what counts as forgotten, and --forget_dataset "
-            "and --retain_dataset"
-        )
-    forget, everything = load_rows(args.forget_dataset), load_rows(args.retain_dataset)
-    return args.model_name_or_path, args.retrained_model, forget, everything
-
-
-def load(name: str, dtype: str) -> Any:
-    """A model, fresh from disk, in evaluation mode."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model.to(torch.accelerator.current_accelerator() or "cpu").eval()
-
-
-@cache
-def base_weights(name: str, dtype: str) -> dict[str, torch.Tensor]:
-    """The weights of the base model; not to be changed."""
-    return dict(load(name, dtype).state_dict())
-
-
-def ask(ground: Ground, model: Any, half: str, role: str) -> list[str]:
-    """Greedy answers to the questions of a half and role."""
-    return greedy_answers(
-        model,
-        ground.asked[half][role].prompts,
-        tokenizer=ground.tokenizer,
-        max_new_tokens=ground.args.max_new_tokens,
-        batch_size=128,
-        desc=role,
-    )
-
-
-def scores(ground: Ground, model: Any, half: str) -> dict[str, float]:
-    """ROUGE-L of each role; of forget rows probability and share of refusals; of retain rows the worst topic's."""
-    asked, answers = ground.asked[half], {role: ask(ground, model, half, role) for role in ("forget", "retain")}
-    rouge = {role: rouge_l_recall(answers[role], asked[role].references) for role in answers}
-    tokens = score_answers(model, asked["forget"].examples, batch_size=64, desc="forget")
-    refusals = {text.strip() for text in load_idk_answers()}
-    found = {role: fmean(values) for role, values in rouge.items()}
-    found["probability"] = fmean(float(own.log_probs.mean().exp()) for own in tokens)
-    found["refusals"] = fmean(is_refusal(answer) or answer in refusals for answer in answers["forget"])
-    by_topic: dict[Any, list[float]] = {}
-    for place, value in zip(asked["retain"].asked, rouge["retain"], strict=True):
-        by_topic.setdefault(asked["retain"].columns[place].get("topic"), []).append(value)
-    if None not in by_topic:
-        found["worst topic"] = min(map(fmean, by_topic.values()))
-    return found
-
-
-def tested(ground: Ground, model: Any) -> dict[str, float]:
-    """The scores of the test half; and those of copies that relearned other forget rows, or were rounded to int4."""
-
-    def rouge(attacked: Any, *, roles: Sequence[str]) -> dict[str, float]:
-        own = ground.asked["test"]
-        return {
-            role: fmean(rouge_l_recall(ask(ground, attacked, "test", role), own[role].references)) for role in roles
-        }
-
-    before = scores(ground, model, "test")
-    relearned = relearning(
-        model,
-        ground.relearned,
-        processing_class=ground.tokenizer,
-        score=lambda attacked, **_: rouge(attacked, roles=["forget"]),
-        steps=(6, 12, 18, 24),
-        learning_rate=2e-4,
-        batch_size=8,
-        before={"forget": before["forget"]},
-    )
-    rounded = quantization(
-        model,
-        score=lambda attacked, **_: rouge(attacked, roles=["forget", "retain"]),
-        bits=4,
-        group_size=64,
-        before=before,
-    )
-    attacks = {f"int4 {role}": rounded.after[role] for role in ("forget", "retain")}
-    return {**before, "relearned": relearned.after["forget"], **attacks}
 
 
 def clock() -> float:
@@ -405,11 +186,6 @@ def look_at(ground: Ground, weights: Mapping[str, torch.Tensor], step: int, stre
     """One look at the validation half."""
     found = rounded(scores(ground, strengthened(ground, weights, strength), "validation"))
     return Look(step, strength, found["forget"], found["retain"], found["probability"])
-
-
-def rounded(found: Mapping[str, float]) -> dict[str, float]:
-    """Scores with four places, for a file that people read."""
-    return {name: round(value, 4) for name, value in found.items()}
 
 
 def target_experts(ground: Ground, *, part: str, seed: int) -> list[tuple[int, int]]:

@@ -67,7 +67,7 @@ class Run:
         reached: Whether `chosen` is under the limits.
         test: Of `chosen`, on the test half: "forget", "retain", "probability" and "refusals" of forget rows; "worst
             topic" of retain rows where they have topics; "relearned", the greatest forget score while all weights
-            relearn other forget rows; "int4 forget" and "int4 retain". Empty for a rate that lost on the validation half.
+            relearn other forget rows; "int4 forget" and "int4 retain". Empty for a rate that lost in validation.
         seconds: Of training alone, without looks; without an accelerator, of the CPU.
         cached: Whether training was allowed the prefix cache.
         trainable: Trained parameters.
@@ -117,7 +117,7 @@ class Run:
 
 
 def best_look(looks: Sequence[Look], limits: Limits) -> Look:
-    """The look with the best retain score under the limits; where none is under them, that of the least forget score."""
+    """The look with the best retain score under the limits; where none is under them, the one of least forget score."""
     under = [look for look in looks if limits.met(look)]
     return max(under, key=lambda look: look.retain) if under else min(looks, key=lambda look: look.forget)
 
