@@ -321,11 +321,14 @@ def draw(path: Path, tables: Mapping[str, Table]) -> None:
 
 
 def _draw_frontier(axes: Any, table: Table, name: str) -> None:
-    """The cells of a table as points, those that missed a limit hollow; lines are the best of each part."""
+    """The cells of a table as points, those that missed a limit hollow; lines: the best of each part over losses."""
     for place, part in enumerate(table.parts):
         colour, cells = COLOURS[place % len(COLOURS)], [cell for cell in table.row(part) if cell]
-        corners = frontier([(cell.test[name], cell.test["retain"]) for cell in cells if cell.reached])
-        axes.plot(*zip(*corners, strict=True), color=colour, lw=1.2, alpha=0.7) if corners else None
+        points = [(cell.test[name], cell.test["retain"]) for cell in cells]
+        if name == "forget":  # every look of the validation half; what is left after relearning is known of cells only
+            points = [(forget, retain) for cell in cells for forget, retain in cell.frontier]
+        if points:
+            axes.plot(*zip(*frontier(points), strict=True), color=colour, lw=1.2, alpha=0.7)
         for cell in cells:
             marker = MARKERS[table.losses.index(cell.loss) % len(MARKERS)]
             face = colour if cell.reached else "none"
@@ -337,7 +340,10 @@ def _draw_frontier(axes: Any, table: Table, name: str) -> None:
     if twin is not None and name in twin:
         axes.plot(twin[name], twin["retain"], ls="", marker="*", ms=14, color="#111", label="retrained model")
     suffix = " after relearning" if name == "relearned" else ""
-    axes.set(xlabel=f"forget ROUGE-L{suffix}", ylabel="retain ROUGE-L", ylim=(0, 1.05))
+    axes.set(xlabel=f"forget ROUGE-L{suffix}", ylabel="retain ROUGE-L", ylim=(0, 1.03))
+    if name == "forget":
+        axes.set_xlim(0, max(AREA_LIMITS))
+        axes.axvline(table.limits.forget, color="#444", lw=0.8, ls=":", label="forget limit")
     axes.spines[["top", "right"]].set_visible(False)
 
 
