@@ -6,14 +6,14 @@ Trained: all parameters; LoRA on attention and dense layers; the experts of each
 the affinity, as in ESFT (https://arxiv.org/abs/2407.01906); a random expert with its router; the expert that the gate
 or the contrast chooses, with its router; and the contrast's best experts of each layer, with their routers.
 
-One budget of steps and rows, one weight of each loss and equally many learning rates for all. Forget rows, and retain
-rows that training has not seen, are asked in two halves. The *validation* half chooses rate, step and strength: the
-model is `base + strength * (trained - base)`, which is an adapter's scale, and for full training the interpolation with
-the base. What counts is the best retain ROUGE-L where forget ROUGE-L *and* answer probability are at or below the
-retrained twin's + `margin`. The *test* half is reported, and beside it what is left of the chosen model's forgetting
-after all its weights relearned other forget rows (24 steps, the maximum along the way), and after rounding to int4.
-The runs of the first seed choose a cell's rate; further seeds are run at that one alone, with the prefix cache where
-the trainer finds that it can be used.
+One budget of steps and rows and one weight of each loss for all parts, and equally many learning rates for all parts of
+a loss. Forget rows, and retain rows that training has not seen, are asked in two halves. The *validation* half chooses
+rate, step and strength: the model is `base + strength * (trained - base)`, which is an adapter's scale, and for full
+training the interpolation with the base. What counts is the best retain ROUGE-L where forget ROUGE-L *and* answer
+probability are at or below the retrained twin's + `margin`. The *test* half is reported, and beside it what is left of
+the chosen model's forgetting after all its weights relearned other forget rows (24 steps, the maximum along the way),
+and after rounding to int4. The runs of the first seed choose a cell's rate; further seeds are run at that one alone,
+with the prefix cache where the trainer finds that it can be used.
 
 Without options this is the shipped testbed, which takes about 20 seconds a run on one CPU core. Any model and sets will
 do: `--model_name_or_path X --retrained_model T --forget_dataset F --retain_dataset R`, and `--rate_factor 0.1`
@@ -77,7 +77,9 @@ def planned(args: Table3Arguments, runs: Sequence[Run]) -> Iterator[tuple[str, s
     """
     first, *further = args.seeds
     for place, loss, part in product(range(args.num_rates), args.losses, args.parts):
-        yield loss, part, RATES[loss][{"all": 0, "LoRA": 1}.get(part, 2)][place] * args.rate_factor, first
+        rates = RATES[loss][{"all": 0, "LoRA": 1}.get(part, 2)]
+        if place < len(rates):
+            yield loss, part, rates[place] * args.rate_factor, first
     cells = cells_of(runs, first_seed=first)
     for seed, loss, part in product(further, args.losses, args.parts):
         yield loss, part, cells[loss, part].rate, seed
