@@ -1,16 +1,15 @@
-"""Table and picture of the runs of `table3.py`.
+"""Tables and picture of the runs of `table3.py`.
 
     python benchmarks/table3_report.py "testbed=outputs/table3/table3.json" "TOFU=..." --picture table3.png
 
-draws the tables of several grounds as one picture.
+draws the frontiers of several grounds as one picture.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -18,48 +17,85 @@ from statistics import fmean, stdev
 from typing import Any
 
 References = dict[str, dict[str, float]]
+AREA_LIMITS = tuple(step / 100 for step in range(51))
+COLOURS = ("#5b6b7f", "#8fb3d9", "#6aa5a9", "#c9b458", "#e39b6d", "#d1495b", "#7a5195", "#2e6f57")
+MARKERS = ("o", "s", "^", "D", "P", "X", "v", "*")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one step and strength of a run gives on the validation half.
+
+    Attributes:
+        step: Optimiser steps.
+        strength: Factor on the change of the weights; 0 is the base model.
+        forget: ROUGE-L recall on forget rows, in [0, 1].
+        retain: The same on retain rows that training has not seen.
+        probability: Of the answers to forget rows, per token, in [0, 1].
+    """
+
+    step: int
+    strength: float
+    forget: float
+    retain: float
+    probability: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What counts as forgotten: ROUGE-L and probability of forget rows at or below these."""
+
+    forget: float
+    probability: float
+
+    def met(self, look: Look) -> bool:
+        """Whether a look is below both."""
+        return look.forget <= self.forget and look.probability <= self.probability
 
 
 @dataclass(frozen=True)
 class Run:
-    """One unlearning.
+    """One training.
 
     Attributes:
-        loss: "GA", "GDiff", "NPO" or "RMU".
+        loss: Row of `table3.LOSSES`.
         part: What was trained.
         rate: Learning rate.
         seed: Of training.
-        forget: ROUGE-L recall on the forget set when training ended, in [0, 1]; NaN where the model diverged.
-        retain: The same on held-out retain rows; 0 where the model diverged.
-        reached: Whether the forget set counts as forgotten.
-        steps: Optimiser steps.
-        seconds: Training alone, without evaluation; without an accelerator, of the CPU.
+        looks: All looks at the validation half.
+        chosen: That with the best retain under the limits; else that of the least forget score.
+        reached: Whether `chosen` is under the limits.
+        test: Of `chosen`, on the test half: "forget", "retain", "probability" and "refusals" of forget rows; "worst
+            topic" of retain rows where they have topics; "relearned", the greatest forget score while all weights
+            relearn other forget rows; "int4 forget" and "int4 retain". Empty for a rate that lost in validation.
+        seconds: Of training alone, without looks; without an accelerator, of the CPU.
+        cached: Whether training was allowed the prefix cache.
         trainable: Trained parameters.
         total: Parameters of the base model.
         bytes: Size of what was trained.
         experts: `[layer_idx, expert_idx]` of the trained experts.
-        curve: `[step, forget]` of each look at the forget set.
     """
 
     loss: str
     part: str
     rate: float
     seed: int
-    forget: float
-    retain: float
+    looks: list[Look]
+    chosen: Look
     reached: bool
-    steps: int
+    test: dict[str, float]
     seconds: float
+    cached: bool
     trainable: int
     total: int
     bytes: int
     experts: list[list[int]]
-    curve: list[list[float]]
 
-    @property
-    def diverged(self) -> bool:
-        """Whether a loss became NaN or infinite."""
-        return math.isnan(self.forget)
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Run:
+        """The run of a line of `runs.jsonl`."""
+        looks = [Look(**look) for look in content["looks"]]
+        return cls(**{**content, "looks": looks, "chosen": Look(**content["chosen"])})
 
     @property
     def key(self) -> tuple[str, str, float, int]:
@@ -67,71 +103,102 @@ class Run:
         return self.loss, self.part, self.rate, self.seed
 
     @property
-    def merit(self) -> tuple[bool, bool, float]:
-        """What the better of two runs has more of: forgetting; a finite loss; retain (else less forget) score."""
-        return self.reached, not self.diverged, self.retain if self.reached else -self.forget
+    def merit(self) -> tuple[bool, float]:
+        """What the better of two runs has more of, on the validation half: forgetting; retain, else less forget."""
+        return self.reached, self.chosen.retain if self.reached else -self.chosen.forget
 
     def summary(self) -> str:
         """One line."""
-        mark = "" if self.reached else "  (not forgotten)"
+        test = ", ".join(f"{name} {value:.3f}" for name, value in self.test.items())
         return (
-            f"{self.loss:6} {self.part:15} lr {self.rate:<8g} seed {self.seed}: forget {self.forget:.3f}, "
-            f"retain {self.retain:.3f}, {self.steps} steps, {self.seconds:.0f} s{mark}"
+            f"{self.loss:15} {self.part:15} lr {self.rate:<7g} seed {self.seed}, {self.seconds:.1f} s: step "
+            f"{self.chosen.step} x {self.chosen.strength:g}, {test}{'' if self.reached else '  (limits not met)'}"
         )
+
+
+def best_look(looks: Sequence[Look], limits: Limits) -> Look:
+    """The look with the best retain score under the limits; where none is under them, the one of least forget score."""
+    under = [look for look in looks if limits.met(look)]
+    return max(under, key=lambda look: look.retain) if under else min(looks, key=lambda look: look.forget)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one loss and one part at its best learning rate; means over seeds, `spread` their deviation."""
+    """The runs of one loss and one part at its best learning rate.
+
+    `test` and `spread` are means and standard deviations over seeds; `area` is the mean, over forget limits from 0 to
+    0.5, of the best retain score under the limit, on the validation half over all rates of the first seed; `frontier`
+    holds its corners as `[forget, retain]`. `cached_seconds`: with the prefix cache, where a seed was run with it.
+    """
 
     loss: str
     part: str
     rate: float
-    forget: float
-    retain: float
-    spread: float
-    num_reached: int
     num_runs: int
-    steps: float
+    num_reached: int
+    steps: list[int]
+    strengths: list[float]
+    test: dict[str, float]
+    spread: dict[str, float]
+    area: float
+    frontier: list[list[float]]
     seconds: float
+    cached_seconds: float | None
     trainable_share: float
     megabytes: float
 
     @property
     def reached(self) -> bool:
-        """Whether every seed got there."""
+        """Whether every seed was under the limits on the validation half."""
         return self.num_reached == self.num_runs
 
 
 def cells_of(runs: Sequence[Run], *, first_seed: int) -> dict[tuple[str, str], Cell]:
-    """Each cell at the learning rate with which `first_seed` forgot and kept most (or forgot most), over all seeds."""
-    best: dict[tuple[str, str], Run] = {}
+    """Each cell at the learning rate that is best for `first_seed` on the validation half, over all seeds."""
+    tried: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        known = best.get((run.loss, run.part))
-        if run.seed == first_seed and (known is None or run.merit > known.merit):
-            best[run.loss, run.part] = run
-    return {
-        key: _cell([run for run in runs if (run.loss, run.part, run.rate) == (*key, chosen.rate)])
-        for key, chosen in best.items()
-    }
+        if run.seed == first_seed:
+            tried.setdefault((run.loss, run.part), []).append(run)
+    return {place: _cell(place, own, runs) for place, own in tried.items()}
 
 
-def _cell(runs: Sequence[Run]) -> Cell:
-    first = runs[0]
+def _cell(place: tuple[str, str], tried: Sequence[Run], runs: Sequence[Run]) -> Cell:
+    rate = max(tried, key=lambda run: run.merit).rate
+    own = [run for run in runs if (run.loss, run.part, run.rate) == (*place, rate)]
+    points = [(look.forget, look.retain) for run in tried for look in run.looks]
+    cached = [run.seconds for run in own if run.cached]
+    uncached = [run.seconds for run in own if not run.cached]
     return Cell(
-        loss=first.loss,
-        part=first.part,
-        rate=first.rate,
-        forget=fmean(run.forget for run in runs),
-        retain=fmean(run.retain for run in runs),
-        spread=stdev(run.retain for run in runs) if len(runs) > 1 else 0.0,
-        num_reached=sum(run.reached for run in runs),
-        num_runs=len(runs),
-        steps=fmean(run.steps for run in runs),
-        seconds=fmean(run.seconds for run in runs),
-        trainable_share=fmean(run.trainable for run in runs) / first.total,
-        megabytes=fmean(run.bytes for run in runs) / 1e6,
+        loss=place[0],
+        part=place[1],
+        rate=rate,
+        num_runs=len(own),
+        num_reached=sum(run.reached for run in own),
+        steps=[run.chosen.step for run in own],
+        strengths=[run.chosen.strength for run in own],
+        test={name: fmean(run.test[name] for run in own) for name in own[0].test},
+        spread={name: stdev(run.test[name] for run in own) if len(own) > 1 else 0.0 for name in own[0].test},
+        area=area(points),
+        frontier=[list(corner) for corner in frontier(points)],
+        seconds=fmean(uncached),
+        cached_seconds=fmean(cached) if cached else None,
+        trainable_share=own[0].trainable / own[0].total,
+        megabytes=own[0].bytes / 1e6,
     )
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The `(forget, retain)` that no other point beats in both, by ascending forget score."""
+    corners: list[tuple[float, float]] = []
+    for forget, retain in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not corners or retain > corners[-1][1]:
+            corners.append((forget, retain))
+    return corners
+
+
+def area(points: Sequence[tuple[float, float]]) -> float:
+    """Mean over forget limits from 0 to 0.5 of the best retain score under the limit; 0 where nothing is under it."""
+    return fmean(max((retain for forget, retain in points if forget <= limit), default=0.0) for limit in AREA_LIMITS)
 
 
 @dataclass(frozen=True)
@@ -140,15 +207,19 @@ class Table:
 
     cells: dict[tuple[str, str], Cell]
     references: References
-    target: float
+    limits: Limits
     losses: Sequence[str]
     parts: Sequence[str]
+
+    def row(self, part: str) -> list[Cell | None]:
+        """The cells of a part, loss by loss."""
+        return [self.cells.get((loss, part)) for loss in self.losses]
 
 
 def write_report(folder: Path, runs: Sequence[Run], table: Table) -> None:
     """Write `table3.json`, `table3.md` and `table3.png`."""
     content: dict[str, Any] = {
-        "forget_target": table.target,
+        "limits": asdict(table.limits),
         "references": table.references,
         "losses": table.losses,
         "parts": table.parts,
@@ -156,7 +227,7 @@ def write_report(folder: Path, runs: Sequence[Run], table: Table) -> None:
         "runs": [asdict(run) for run in runs],
     }
     (folder / "table3.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
-    (folder / "table3.md").write_text(f"{summary(table)}\n{details(table)}", encoding="utf-8")
+    (folder / "table3.md").write_text(f"{summary(table)}\n{costs(table)}\n{details(table)}", encoding="utf-8")
     draw(folder / "table3.png", {"": table})
 
 
@@ -164,103 +235,115 @@ def read_table(path: Path) -> Table:
     """The table of a `table3.json`."""
     content = json.loads(path.read_text(encoding="utf-8"))
     cells = {(cell["loss"], cell["part"]): Cell(**cell) for cell in content["cells"]}
-    return Table(cells, content["references"], content["forget_target"], content["losses"], content["parts"])
+    return Table(cells, content["references"], Limits(**content["limits"]), content["losses"], content["parts"])
 
 
 def summary(table: Table) -> str:
-    """One row a part: retain score for each loss, then costs; those of time relative to the first part's."""
-    lines = [
-        f"| trained | {' | '.join(table.losses)} | share trained | stored, MB | time of a step | time to the end |",
-        "|---" * (len(table.losses) + 5) + "|",
-    ]
-    first = [table.cells.get((loss, table.parts[0])) for loss in table.losses]
-    for part in table.parts:
-        row = [table.cells.get((loss, part)) for loss in table.losses]
-        own = [cell for cell in row if cell is not None]
-        if not own:
-            continue
-        both = [(cell, other) for cell, other in zip(row, first, strict=True) if cell and other]
-        step = fmean(cell.seconds / cell.steps / (other.seconds / other.steps) for cell, other in both)
-        end = sum(cell.seconds for cell, _ in both) / sum(other.seconds for _, other in both)
-        costs = f"{fmean(c.trainable_share for c in own):.2%} | {own[0].megabytes:.2f} | {step:.2f} | {end:.2f}"
-        lines.append(f"| {part} | {' | '.join(_score(cell) for cell in row)} | {costs} |")
+    """One row a part, for each loss: retain score (forget score after relearning)."""
+    lines = [f"| trained | {' | '.join(table.losses)} |", "|---" * (len(table.losses) + 1) + "|"]
+    lines += [f"| {part} | {' | '.join(map(_score, row))} |" for part, row in _rows(table)]
     return "\n".join(lines) + "\n"
+
+
+def _rows(table: Table) -> Iterator[tuple[str, list[Cell | None]]]:
+    return ((part, row) for part in table.parts if any(row := table.row(part)))
 
 
 def _score(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    spread = f" ± {cell.spread:.2f}" if cell.num_runs > 1 else ""
-    return f"{cell.retain:.2f}{spread}" + ("" if cell.reached else f" * ({cell.forget:.2f})")
+    spread = f" ± {cell.spread['retain']:.2f}" if cell.num_runs > 1 else ""
+    mark = "" if cell.reached else f" * {cell.test['forget']:.2f}"
+    return f"{cell.test['retain']:.2f}{spread}{mark} ({cell.test['relearned']:.2f})"
 
 
-def details(table: Table) -> str:
-    """One row a loss and part."""
-    lines = [
-        f"ROUGE-L recall at matched forgetting (forget ≤ {table.target:.3f}); * did not get there in all seeds.",
-        "",
-        "| loss | trained | forget | retain | lr | steps | seconds | trained share | MB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, scores in table.references.items():
-        lines.append(f"| | {name} | {scores['forget']:.3f} | {scores['retain']:.3f} | | | | | |")
-    for loss in table.losses:
-        lines.extend(_row(table.cells[loss, part]) for part in table.parts if (loss, part) in table.cells)
+def costs(table: Table) -> str:
+    """One row a part: what training it costs, seconds as means over losses."""
+    lines = ["| trained | share trained | stored, MB | CPU seconds | with the prefix cache |", "|---|---|---|---|---|"]
+    for part, row in _rows(table):
+        own = [cell for cell in row if cell]
+        cached = [cell.cached_seconds for cell in own if cell.cached_seconds is not None]
+        with_cache = f"{fmean(cached):.1f}" if len(cached) == len(own) else ""
+        size = f"{fmean(cell.trainable_share for cell in own):.2%} | {own[0].megabytes:.2f}"
+        lines.append(f"| {part} | {size} | {fmean(cell.seconds for cell in own):.1f} | {with_cache} |")
     return "\n".join(lines) + "\n"
 
 
-def _row(cell: Cell) -> str:
+COLUMNS = ("forget", "probability", "retain", "worst topic", "refusals", "relearned", "int4 forget", "int4 retain")
+
+
+def details(table: Table) -> str:
+    """One row a loss and part, on the test half."""
+    limits = f"forget ROUGE-L ≤ {table.limits.forget:.3f} and probability ≤ {table.limits.probability:.3f}"
+    lines = [
+        f"Limits on the validation half: {limits}; * not met in all seeds. Means over seeds ± deviation.",
+        "",
+        f"| loss | trained | {' | '.join(COLUMNS)} | area | lr | step x strength | seeds |",
+        "|---" * (len(COLUMNS) + 6) + "|",
+    ]
+    for name, scores in table.references.items():
+        lines.append(f"| | {name} | {' | '.join(_value(scores, {}, column) for column in COLUMNS)} | | | | |")
+    for place in product(table.losses, table.parts):
+        if place in table.cells:
+            lines.append(_detail(table.cells[place]))
+    return "\n".join(lines) + "\n"
+
+
+def _detail(cell: Cell) -> str:
+    values = " | ".join(_value(cell.test, cell.spread if cell.num_runs > 1 else {}, column) for column in COLUMNS)
     mark = "" if cell.reached else f" * ({cell.num_reached} of {cell.num_runs})"
-    spread = f" ± {cell.spread:.3f}" if cell.num_runs > 1 else ""
+    places = ", ".join(f"{step} x {strength:g}" for step, strength in zip(cell.steps, cell.strengths, strict=True))
     return (
-        f"| {cell.loss} | {cell.part} | {cell.forget:.3f}{mark} | {cell.retain:.3f}{spread} | {cell.rate:g} | "
-        f"{cell.steps:.0f} | {cell.seconds:.1f} | {cell.trainable_share:.2%} | {cell.megabytes:.2f} |"
+        f"| {cell.loss} | {cell.part}{mark} | {values} | {cell.area:.3f} | {cell.rate:g} | {places} | {cell.num_runs} |"
     )
 
 
-def draw(path: Path, tables: dict[str, Table]) -> None:
-    """What is kept by each method, where it has forgotten; a panel for each table, under its title."""
+def _value(scores: Mapping[str, float], spread: Mapping[str, float], name: str) -> str:
+    if name not in scores:
+        return ""
+    shows_spread = name in spread and name in ("retain", "relearned")
+    return f"{scores[name]:.3f}" + (f" ± {spread[name]:.3f}" if shows_spread else "")
+
+
+def draw(path: Path, tables: Mapping[str, Table]) -> None:
+    """Retain against forget, and against forget after relearning; a row of two panels for each table."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, 1.3 + 2.5 * len(tables)), dpi=110, layout="constrained")
-    panels = figure.subplots(len(tables), squeeze=False)[:, 0]
-    for axes, (title, table) in zip(panels, tables.items(), strict=True):
-        draw_table(axes, table)
-        axes.set_title(f"{title}: forgotten at" * bool(title) + f" forget ROUGE-L ≤ {table.target:.2f}", fontsize=9)
-    figure.suptitle("What is kept once the forget set is forgotten; pale bars: not forgotten", fontsize=11)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure = Figure(figsize=(11, 0.9 + 4.2 * len(tables)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(tables), 2, squeeze=False, sharey="row")
+    for row, (title, table) in zip(panels, tables.items(), strict=True):
+        for axes, name in zip(row, ("forget", "relearned"), strict=True):
+            _draw_frontier(axes, table, name)
+            axes.set_title(title, fontsize=9)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.savefig(path)
 
 
-def draw_table(axes: Any, table: Table) -> None:
-    """Bars of retain scores, grouped by loss, with their spread over seeds."""
-    colours = ("#8da0b6", "#5b7aa3", "#6aa5a9", "#c9b458", "#e39b6d", "#d1495b", "#7a5195", "#2e6f57")
-    width = 0.84 / len(table.parts)
-    for (group, loss), (place, part) in product(enumerate(table.losses), enumerate(table.parts)):
-        cell = table.cells.get((loss, part))
-        if cell is None:
-            continue
-        x = group + (place - (len(table.parts) - 1) / 2) * width
-        axes.bar(
-            x,
-            cell.retain,
-            width * 0.92,
-            color=colours[place % len(colours)],
-            alpha=1.0 if cell.reached else 0.25,
-            yerr=cell.spread or None,
-            error_kw={"lw": 0.9},
-            label=part if group == 0 else None,
-        )
-        if not cell.reached:
-            note = f"forget {cell.forget:.2f}"
-            axes.text(x, 0.02, note, ha="center", va="bottom", rotation=90, fontsize=7, color="#444")
-    for name, style in (("base", "-"), ("retrained", "--")):
-        if name in table.references:
-            retain = table.references[name]["retain"]
-            axes.axhline(retain, color="#444", lw=0.8, ls=style, label=f"{name} model", zorder=0)
-    axes.set_xticks(range(len(table.losses)), table.losses)
-    axes.set(ylim=(0, 1.08), ylabel="retain ROUGE-L")
+def _draw_frontier(axes: Any, table: Table, name: str) -> None:
+    """The cells of a table as points, those that missed a limit hollow; lines: the best of each part over losses."""
+    for place, part in enumerate(table.parts):
+        colour, cells = COLOURS[place % len(COLOURS)], [cell for cell in table.row(part) if cell]
+        points = [(cell.test[name], cell.test["retain"]) for cell in cells]
+        if name == "forget":  # every look of the validation half; what is left after relearning is known of cells only
+            points = [(forget, retain) for cell in cells for forget, retain in cell.frontier]
+        if points:
+            axes.plot(*zip(*frontier(points), strict=True), color=colour, lw=1.2, alpha=0.7)
+        for cell in cells:
+            marker = MARKERS[table.losses.index(cell.loss) % len(MARKERS)]
+            face = colour if cell.reached else "none"
+            axes.scatter(cell.test[name], cell.test["retain"], 42, marker=marker, edgecolors=colour, facecolors=face)
+        axes.plot([], [], color=colour, lw=4, label=part)
+    for place, loss in enumerate(table.losses):
+        axes.plot([], [], ls="", marker=MARKERS[place % len(MARKERS)], color="#444", label=loss)
+    twin = table.references.get("retrained")
+    if twin is not None and name in twin:
+        axes.plot(twin[name], twin["retain"], ls="", marker="*", ms=14, color="#111", label="retrained model")
+    suffix = " after relearning" if name == "relearned" else ""
+    axes.set(xlabel=f"forget ROUGE-L{suffix}", ylabel="retain ROUGE-L", ylim=(0, 1.03))
+    if name == "forget":
+        axes.set_xlim(0, max(AREA_LIMITS))
+        axes.axvline(table.limits.forget, color="#444", lw=0.8, ls=":", label="forget limit")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -273,7 +356,7 @@ def main() -> None:
     tables = {title: read_table(Path(path)) for title, _, path in (given.rpartition("=") for given in args.tables)}
     draw(args.picture, tables)
     for title, table in tables.items():
-        print(f"{title}\n\n{summary(table)}")
+        print(f"{title}\n\n{summary(table)}\n{costs(table)}\n{details(table)}")
 
 
 if __name__ == "__main__":
