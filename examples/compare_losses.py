@@ -14,7 +14,7 @@ tokenizer = AutoTokenizer.from_pretrained(checkpoint_path("base"))
 forget, retain = load_facts([FORGET_TOPIC]).select(range(64)), load_facts(["towns"]).select(range(64))
 
 print(f"{'loss':12} {'forget accuracy':>24} {'retain accuracy':>24}")
-for loss, rate in (("grad_ascent", 1e-3), ("npo", 5e-3), ("simnpo", 5e-3), ("idk", 5e-3), ("rmu", 5e-3)):
+for loss, rate in (("grad_ascent", 5e-3), ("npo", 1e-2), ("simnpo", 1e-2), ("idk", 1e-2), ("rmu", 1e-2)):
     with tempfile.TemporaryDirectory() as folder:
         trainer = UnlearningTrainer(
             model=AutoModelForCausalLM.from_pretrained(checkpoint_path("base"), dtype="float32"),
@@ -22,7 +22,7 @@ for loss, rate in (("grad_ascent", 1e-3), ("npo", 5e-3), ("simnpo", 5e-3), ("idk
                 folder,
                 forget_loss=loss,
                 learning_rate=rate,
-                max_steps=8,
+                max_steps=24,
                 logging_steps=1,
                 save_strategy="no",
                 report_to="none",
@@ -33,7 +33,7 @@ for loss, rate in (("grad_ascent", 1e-3), ("npo", 5e-3), ("simnpo", 5e-3), ("idk
             train_dataset=forget,
             retain_dataset=retain,
             processing_class=tokenizer,
-            peft_config=UOEConfig(target_experts=[(0, 4)]),
+            peft_config=UOEConfig(target_experts=[(3, 12)]),
         )
         trainer.train()
         seen = [entry for entry in trainer.state.log_history if "forget_accuracy" in entry]
