@@ -12,7 +12,8 @@ import torch
 from uoe_peft import precision
 from uoe_peft.cli import main
 from uoe_peft.cli.fresh_process import reload_differs_by
-from uoe_peft.cli.stages.demo import compute_dtype, count_other_bits
+from uoe_peft.cli.loading import compute_dtype
+from uoe_peft.cli.stages.demo import count_other_bits
 from uoe_peft.testbed import checkpoint_path
 
 

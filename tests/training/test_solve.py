@@ -19,7 +19,6 @@ from uoe_peft.cli import main
 from uoe_peft.moe import find_moe_blocks
 from uoe_peft.testbed import FORGET_TOPIC, TOPICS, checkpoint_path, load_facts
 from uoe_peft.training import solve_unlearning
-from uoe_peft.training.solve import greatest_that
 
 
 @pytest.fixture
@@ -153,23 +152,6 @@ def down_inputs(model: nn.Module, block: Any, expert_idx: int, rows: list[list[i
         seen.append((run(picked.T if transposed else picked) - nothing)[:, :width])
     found = torch.cat(seen, dim=1)
     return found[found.abs().amax(dim=1) > 1e-9]
-
-
-def test_bisection_ends_where_the_condition_was_seen_to_hold() -> None:
-    asked: list[float] = []
-
-    def below(limit: float) -> Any:
-        def holds(value: float) -> bool:
-            asked.append(value)
-            return value <= limit
-
-        return holds
-
-    assert greatest_that(below(2.0)) == 1.0
-    assert greatest_that(below(-1.0)) == 0.0
-    found = greatest_that(below(0.3))
-    assert found <= 0.3 < found + 2**-6
-    assert found in asked
 
 
 def test_bad_input_is_named(facts: tuple[Dataset, Dataset], build: Any, tokenizer: Any, sets: Any) -> None:

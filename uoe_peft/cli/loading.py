@@ -78,6 +78,11 @@ def _or_absent(name: str, load: Callable[[], Any]) -> Any:
         ) from error
 
 
+def compute_dtype(name: str) -> str:
+    """A type's name; of "auto" bfloat16's, or float32's where the CPU is slow in bfloat16."""
+    return str(fast_dtype(torch.bfloat16)).removeprefix("torch.") if name == "auto" else name
+
+
 def _streamed_dtype(name: str, dtype: str) -> str | torch.dtype:
     stored = AutoConfig.from_pretrained(name).dtype if dtype == "auto" else None
     return fast_dtype(stored) if isinstance(stored, torch.dtype) else "float32" if dtype == "auto" else dtype

@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 from uoe_peft.data import Batch
 from uoe_peft.moe import MoEBlock
 from uoe_peft.moe.evaluation_mode import evaluation_mode
+from uoe_peft.moe.inputs.routers import record_router_input
+from uoe_peft.moe.inputs.slices import ExpertInputs, record_expert_inputs
 from uoe_peft.moe.interventions import run_until_routed
 from uoe_peft.moe.passes import Pass, run_passes
-from uoe_peft.moe.router_inputs import record_router_input
 from uoe_peft.moe.routing import select_blocks
-from uoe_peft.moe.slice_inputs import ExpertInputs, record_expert_inputs
 from uoe_peft.moments.moments import ROUTER, Moments, SliceMoments, SliceName
 
 

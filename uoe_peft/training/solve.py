@@ -6,7 +6,7 @@ Letters: O output size of a slice, d its input size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -21,6 +21,7 @@ from uoe_peft.attribution import attribute_experts
 from uoe_peft.attribution.sampling import SampleBatches, sample_batches
 from uoe_peft.data import Batch
 from uoe_peft.data.tokenization import ProcessingClass
+from uoe_peft.evaluation.metrics import greatest_scale
 from uoe_peft.losses import control_direction
 from uoe_peft.moe import find_moe_blocks
 from uoe_peft.moe.evaluation_mode import evaluation_mode
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 SolveTarget = Literal["direction", "gradient", "zero"]
 
 _VALIDATION = 5  # one row of so many chooses the strength instead of being solved for
-_HALVINGS = 6
+_TOLERANCE = 1 / 64  # of the strength
 
 
 def solve_unlearning(
@@ -256,7 +257,8 @@ def _choose_strength(
         return _accuracy(model, held_out[name])
 
     base = {name: accuracy_at(0.0, name) for name in held_out}
-    strength = greatest_that(lambda s: accuracy_at(s, "retain") >= keep_retain * base["retain"])
+    kept = greatest_scale(lambda s: accuracy_at(s, "retain"), keep_retain * base["retain"], tolerance=_TOLERANCE)
+    strength = kept.scale or 0.0
     after = {name: accuracy_at(strength, name) for name in held_out}  # leaves the deltas at this strength
     logger.info(
         "strength %.3f: token accuracy on held-out rows, forget %.3f -> %.3f, retain %.3f -> %.3f",
@@ -268,21 +270,6 @@ def _choose_strength(
             "lower keep_retain or choose other experts",
             100 * keep_retain,
         )
-
-
-def greatest_that(holds: Callable[[float], bool]) -> float:
-    """A number in [0, 1] at which a condition was seen to hold, near to one at which it was seen to fail; else 1.
-
-    Bisection: the greatest such number where the condition holds below a threshold and fails above it. The condition
-    is taken to hold at 0.
-    """
-    if holds(1.0):
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
 
 
 def _accuracy(model: PeftModel, batches: SampleBatches) -> float:

@@ -28,11 +28,11 @@ from transformers import (
 from uoe_peft.attribution import ExpertAttribution, attribute_experts
 from uoe_peft.attribution.scores import Score
 from uoe_peft.cli.fresh_process import reload_differs_by
+from uoe_peft.cli.loading import compute_dtype
 from uoe_peft.cli.parsing import parse
 from uoe_peft.cli.picture import draw
 from uoe_peft.cli.training_bar import TrainingBar
 from uoe_peft.evaluation import UnlearningReport, evaluate_unlearning
-from uoe_peft.precision import fast_dtype
 from uoe_peft.testbed import FORGET_TOPIC, TOPICS, checkpoint_path, load_facts
 from uoe_peft.training import UnlearningConfig, UnlearningTrainer
 from uoe_peft.training.choices import ForgetLoss
@@ -109,11 +109,6 @@ def run(arguments: Sequence[str]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _rule("Done")
     console.print(f"{content['seconds']:.0f} s. Report: {path}   picture: {output_dir / 'demo.png'}")
-
-
-def compute_dtype(name: str) -> str:
-    """A type's name; of "auto" bfloat16's, or float32's where the CPU is slow in bfloat16."""
-    return str(fast_dtype(torch.bfloat16)).removeprefix("torch.") if name == "auto" else name
 
 
 def _rule(title: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe.blocks import MoEBlock
 from uoe_peft.moe.experts import ListedExperts, unwrap
-from uoe_peft.moe.router_inputs import ProductSpy
+from uoe_peft.moe.inputs.routers import ProductSpy
 from uoe_peft.moe.routing import record_routing
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.families import HIDDEN, SUPPORTED, build, logits, token_ids
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe import find_moe_blocks, unwrap
-from uoe_peft.moe.router_inputs import record_router_input
+from uoe_peft.moe.inputs.routers import record_router_input
 from uoe_peft.tuner import UOEConfig
 
 

@@ -1,0 +1,1 @@
+"""What routers and single slices are multiplied with."""
