@@ -27,7 +27,7 @@ def test_the_gradient_of_the_matrix_is_made_of_the_recorded_inputs(family: str) 
     gradient = unwrap(block.router).get_parameter(block.gate_name).grad
     assert gradient is not None and gradient.abs().sum() > 0
     expected = gradient.double().T  # (H, E)
-    found = inputs.T @ torch.linalg.lstsq(inputs.T, expected).solution
+    found = inputs.T @ torch.linalg.lstsq(inputs.T, expected, driver="gelsd").solution  # inputs may repeat
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
