@@ -12,10 +12,12 @@ rate, step and strength: the model is `base + strength * (trained - base)`, whic
 training the interpolation with the base. What counts is the best retain ROUGE-L where forget ROUGE-L *and* answer
 probability are at or below the retrained twin's + `margin`. The *test* half is reported, and beside it what is left of
 the chosen model's forgetting after all its weights relearned other forget rows (24 steps, the maximum along the way),
-and after rounding to int4. The runs of the first seed choose a cell's rate; further seeds are run at that one alone,
-with the prefix cache where the trainer finds that it can be used.
+and after rounding to int4. What is shrunk to a limit is shallow; so a second table has the same runs' ends, at the last
+step and full strength, at the rate that keeps most of those whose end is under the limits. The runs of the first seed
+choose a cell's rates; further seeds are run at those alone, with the prefix cache where the trainer finds that it can
+be used.
 
-Without options this is the shipped testbed, which takes about 20 seconds a run on one CPU core. Any model and sets will
+Without options this is the shipped testbed, which takes about 40 seconds a run on one CPU core. Any model and sets will
 do: `--model_name_or_path X --retrained_model T --forget_dataset F --retain_dataset R`, and `--rate_factor 0.1`
 multiplies all rates. Every run is appended to `runs.jsonl` and not repeated, so that a benchmark that was stopped goes
 on where it was; `--minutes 0` only writes tables and picture.
@@ -34,7 +36,7 @@ import torch
 from datasets import disable_progress_bars
 from peft import LoraConfig, PeftConfig, get_peft_model
 from table3_ground import Ground, base_weights, load, prepare, rounded, scores, tested
-from table3_report import Look, Run, Table, best_look, cells_of, write_report
+from table3_report import CHOICES, Choice, Look, Run, Table, cells_of, choose, write_report
 from table3_settings import EXPERTS_A_LAYER, LOSSES, RATES, Table3Arguments, check_settings
 from transformers import HfArgumentParser, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
@@ -61,8 +63,8 @@ def main() -> None:
             print(f"{args.minutes} minutes are over; start again to go on")
             break
         loss, part, _, seed = key
-        rivals = [run.merit for run in runs if (run.loss, run.part, run.seed) == (loss, part, args.seeds[0])]
-        runs.append(unlearn(ground, *key, beats=max(rivals, default=None) if seed == args.seeds[0] else None))
+        rivals = [run for run in runs if (run.loss, run.part, run.seed) == (loss, part, seed) and seed == args.seeds[0]]
+        runs.append(unlearn(ground, *key, rivals=rivals))
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(runs[-1])) + "\n")
         print(runs[-1].summary(), flush=True)
@@ -73,7 +75,7 @@ def main() -> None:
 def planned(args: Table3Arguments, runs: Sequence[Run]) -> Iterator[tuple[str, str, float, int]]:
     """Loss, part, learning rate and seed of each run; a first value of everything before a second of anything.
 
-    Further seeds are run only at the rate that the first one chose; by then `runs` holds all runs of the first.
+    Further seeds are run only at the rates that the first one chose; by then `runs` holds all runs of the first.
     """
     first, *further = args.seeds
     for place, loss, part in product(range(args.num_rates), args.losses, args.parts):
@@ -82,7 +84,8 @@ def planned(args: Table3Arguments, runs: Sequence[Run]) -> Iterator[tuple[str, s
             yield loss, part, rates[place] * args.rate_factor, first
     cells = cells_of(runs, first_seed=first)
     for seed, loss, part in product(further, args.losses, args.parts):
-        yield loss, part, cells[loss, part].rate, seed
+        for rate in sorted({cells[name, loss, part].rate for name in CHOICES}):
+            yield loss, part, rate, seed
 
 
 def clock() -> float:
@@ -105,8 +108,8 @@ class Snapshots(TrainerCallback):
                 self.trained[state.global_step] = copied
 
 
-def unlearn(ground: Ground, loss: str, part: str, rate: float, seed: int, *, beats: tuple[bool, float] | None) -> Run:
-    """One run, from the base model: its looks, and the best of them on the test half if its merit is above `beats`."""
+def unlearn(ground: Ground, loss: str, part: str, rate: float, seed: int, *, rivals: Sequence[Run]) -> Run:
+    """One run, from the base model: its looks, and its choices among them on the test half where they beat `rivals`'."""
     set_seed(seed)
     targets = target_experts(ground, part=part, seed=seed)
     snapshots = Snapshots(ground.args.looks)
@@ -129,16 +132,13 @@ def unlearn(ground: Ground, loss: str, part: str, rate: float, seed: int, *, bea
     trained = [p for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
     weights = {step: merged(ground, part, targets, own) for step, own in snapshots.trained.items()}
     looks = look(ground, weights)
-    chosen = best_look(looks, ground.limits)
     run = Run(
         loss=loss,
         part=part,
         rate=rate,
         seed=seed,
         looks=looks,
-        chosen=chosen,
-        reached=ground.limits.met(chosen),
-        test={},
+        choices={},
         seconds=round(seconds, 1),
         cached=arguments.prefix_cache is not False,
         trainable=sum(p.numel() for p in trained),
@@ -146,10 +146,22 @@ def unlearn(ground: Ground, loss: str, part: str, rate: float, seed: int, *, bea
         bytes=sum(p.numel() * p.element_size() for p in trained),
         experts=[list(pair) for pair in targets],
     )
-    if beats is not None and run.merit <= beats:
-        return run
-    model = strengthened(ground, weights.get(chosen.step, {}), chosen.strength)
-    return replace(run, test=rounded(tested(ground, model)))
+    for name in CHOICES:
+        choice = choose(name, looks, ground.limits)
+        if all(choice.merit > rival.choices[name].merit for rival in rivals):
+            choice = replace(choice, test=test_scores(ground, weights, choice.look, run.choices))
+        run.choices[name] = choice
+    return run
+
+
+def test_scores(
+    ground: Ground, weights: Mapping[int, Mapping[str, torch.Tensor]], chosen: Look, known: Mapping[str, Choice]
+) -> dict[str, float]:
+    """The scores of a look's model on the test half, computed once where two choices meet."""
+    for choice in known.values():
+        if choice.test and choice.look == chosen:
+            return choice.test
+    return rounded(tested(ground, strengthened(ground, weights.get(chosen.step, {}), chosen.strength)))
 
 
 def merged(

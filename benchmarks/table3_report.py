@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 References = dict[str, dict[str, float]]
+# What of a run is reported: the look that is best under the limits; or its end, at full strength.
+CHOICES = ("best look", "end")
 AREA_LIMITS = tuple(step / 100 for step in range(51))
 COLOURS = ("#5b6b7f", "#8fb3d9", "#6aa5a9", "#c9b458", "#e39b6d", "#d1495b", "#7a5195", "#2e6f57")
 MARKERS = ("o", "s", "^", "D", "P", "X", "v", "*")
@@ -54,6 +56,28 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One of a run's looks.
+
+    Attributes:
+        look: That which was chosen.
+        reached: Whether it is under the limits.
+        test: Of its model, on the test half: "forget", "retain", "probability" and "refusals" of forget rows; "worst
+            topic" of retain rows where they have topics; "relearned", the greatest forget score while all weights
+            relearn other forget rows; "int4 forget" and "int4 retain". Empty for a rate that lost in validation.
+    """
+
+    look: Look
+    reached: bool
+    test: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def merit(self) -> tuple[bool, float]:
+        """What the better of two has more of, on the validation half: forgetting; retain, else less forget."""
+        return self.reached, self.look.retain if self.reached else -self.look.forget
+
+
+@dataclass(frozen=True)
 class Run:
     """One training.
 
@@ -63,11 +87,7 @@ class Run:
         rate: Learning rate.
         seed: Of training.
         looks: All looks at the validation half.
-        chosen: That with the best retain under the limits; else that of the least forget score.
-        reached: Whether `chosen` is under the limits.
-        test: Of `chosen`, on the test half: "forget", "retain", "probability" and "refusals" of forget rows; "worst
-            topic" of retain rows where they have topics; "relearned", the greatest forget score while all weights
-            relearn other forget rows; "int4 forget" and "int4 retain". Empty for a rate that lost in validation.
+        choices: By name, see `CHOICES`.
         seconds: Of training alone, without looks; without an accelerator, of the CPU.
         cached: Whether training was allowed the prefix cache.
         trainable: Trained parameters.
@@ -81,9 +101,7 @@ class Run:
     rate: float
     seed: int
     looks: list[Look]
-    chosen: Look
-    reached: bool
-    test: dict[str, float]
+    choices: dict[str, Choice]
     seconds: float
     cached: bool
     trainable: int
@@ -95,25 +113,30 @@ class Run:
     def from_dict(cls, content: Mapping[str, Any]) -> Run:
         """The run of a line of `runs.jsonl`."""
         looks = [Look(**look) for look in content["looks"]]
-        return cls(**{**content, "looks": looks, "chosen": Look(**content["chosen"])})
+        choices = {
+            name: Choice(**{**choice, "look": Look(**choice["look"])}) for name, choice in content["choices"].items()
+        }
+        return cls(**{**content, "looks": looks, "choices": choices})
 
     @property
     def key(self) -> tuple[str, str, float, int]:
         """What tells a run from others."""
         return self.loss, self.part, self.rate, self.seed
 
-    @property
-    def merit(self) -> tuple[bool, float]:
-        """What the better of two runs has more of, on the validation half: forgetting; retain, else less forget."""
-        return self.reached, self.chosen.retain if self.reached else -self.chosen.forget
-
     def summary(self) -> str:
-        """One line."""
-        test = ", ".join(f"{name} {value:.3f}" for name, value in self.test.items())
-        return (
-            f"{self.loss:15} {self.part:15} lr {self.rate:<7g} seed {self.seed}, {self.seconds:.1f} s: step "
-            f"{self.chosen.step} x {self.chosen.strength:g}, {test}{'' if self.reached else '  (limits not met)'}"
-        )
+        """One line for the run, one for each choice."""
+        lines = [f"{self.loss:15} {self.part:15} lr {self.rate:<7g} seed {self.seed}, {self.seconds:.1f} s"]
+        for name, choice in self.choices.items():
+            test = ", ".join(f"{key} {value:.3f}" for key, value in choice.test.items())
+            mark = "" if choice.reached else "  (limits not met)"
+            lines.append(f"    {name}: step {choice.look.step} x {choice.look.strength:g}, {test}{mark}")
+        return "\n".join(lines)
+
+
+def choose(name: str, looks: Sequence[Look], limits: Limits) -> Choice:
+    """The best look; or the end, the last step at full strength."""
+    found = best_look(looks, limits) if name == "best look" else max(looks, key=lambda look: (look.step, look.strength))
+    return Choice(found, limits.met(found))
 
 
 def best_look(looks: Sequence[Look], limits: Limits) -> Look:
@@ -124,13 +147,14 @@ def best_look(looks: Sequence[Look], limits: Limits) -> Look:
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one loss and one part at its best learning rate.
+    """One choice of the runs of one loss and one part, at its best learning rate.
 
     `test` and `spread` are means and standard deviations over seeds; `area` is the mean, over forget limits from 0 to
     0.5, of the best retain score under the limit, on the validation half over all rates of the first seed; `frontier`
     holds its corners as `[forget, retain]`. `cached_seconds`: with the prefix cache, where a seed was run with it.
     """
 
+    choice: str
     loss: str
     part: str
     rate: float
@@ -153,37 +177,39 @@ class Cell:
         return self.num_reached == self.num_runs
 
 
-def cells_of(runs: Sequence[Run], *, first_seed: int) -> dict[tuple[str, str], Cell]:
-    """Each cell at the learning rate that is best for `first_seed` on the validation half, over all seeds."""
+def cells_of(runs: Sequence[Run], *, first_seed: int) -> dict[tuple[str, str, str], Cell]:
+    """By choice, loss and part: all seeds at the rate that is best for `first_seed` on the validation half."""
     tried: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.seed == first_seed:
             tried.setdefault((run.loss, run.part), []).append(run)
-    return {place: _cell(place, own, runs) for place, own in tried.items()}
+    return {(name, *place): _cell(name, own, runs) for name in CHOICES for place, own in tried.items()}
 
 
-def _cell(place: tuple[str, str], tried: Sequence[Run], runs: Sequence[Run]) -> Cell:
-    rate = max(tried, key=lambda run: run.merit).rate
-    own = [run for run in runs if (run.loss, run.part, run.rate) == (*place, rate)]
+def _cell(name: str, tried: Sequence[Run], runs: Sequence[Run]) -> Cell:
+    best = max(tried, key=lambda run: run.choices[name].merit)
+    own = [run for run in runs if (run.loss, run.part, run.rate) == (best.loss, best.part, best.rate)]
+    choices = [run.choices[name] for run in own]
     points = [(look.forget, look.retain) for run in tried for look in run.looks]
     cached = [run.seconds for run in own if run.cached]
-    uncached = [run.seconds for run in own if not run.cached]
+    tests = [choice.test for choice in choices]
     return Cell(
-        loss=place[0],
-        part=place[1],
-        rate=rate,
+        choice=name,
+        loss=best.loss,
+        part=best.part,
+        rate=best.rate,
         num_runs=len(own),
-        num_reached=sum(run.reached for run in own),
-        steps=[run.chosen.step for run in own],
-        strengths=[run.chosen.strength for run in own],
-        test={name: fmean(run.test[name] for run in own) for name in own[0].test},
-        spread={name: stdev(run.test[name] for run in own) if len(own) > 1 else 0.0 for name in own[0].test},
+        num_reached=sum(choice.reached for choice in choices),
+        steps=[choice.look.step for choice in choices],
+        strengths=[choice.look.strength for choice in choices],
+        test={key: fmean(test[key] for test in tests) for key in tests[0]},
+        spread={key: stdev(test[key] for test in tests) if len(own) > 1 else 0.0 for key in tests[0]},
         area=area(points),
         frontier=[list(corner) for corner in frontier(points)],
-        seconds=fmean(uncached),
+        seconds=fmean(run.seconds for run in own if not run.cached),
         cached_seconds=fmean(cached) if cached else None,
-        trainable_share=own[0].trainable / own[0].total,
-        megabytes=own[0].bytes / 1e6,
+        trainable_share=best.trainable / best.total,
+        megabytes=best.bytes / 1e6,
     )
 
 
@@ -203,17 +229,17 @@ def area(points: Sequence[tuple[float, float]]) -> float:
 
 @dataclass(frozen=True)
 class Table:
-    """All cells of one ground, by loss and part, and what they are compared with."""
+    """All cells of one ground, by choice, loss and part, and what they are compared with."""
 
-    cells: dict[tuple[str, str], Cell]
+    cells: dict[tuple[str, str, str], Cell]
     references: References
     limits: Limits
     losses: Sequence[str]
     parts: Sequence[str]
 
-    def row(self, part: str) -> list[Cell | None]:
+    def row(self, part: str, *, choice: str) -> list[Cell | None]:
         """The cells of a part, loss by loss."""
-        return [self.cells.get((loss, part)) for loss in self.losses]
+        return [self.cells.get((choice, loss, part)) for loss in self.losses]
 
 
 def write_report(folder: Path, runs: Sequence[Run], table: Table) -> None:
@@ -227,26 +253,33 @@ def write_report(folder: Path, runs: Sequence[Run], table: Table) -> None:
         "runs": [asdict(run) for run in runs],
     }
     (folder / "table3.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
-    (folder / "table3.md").write_text(f"{summary(table)}\n{costs(table)}\n{details(table)}", encoding="utf-8")
+    (folder / "table3.md").write_text(as_markdown(table), encoding="utf-8")
     draw(folder / "table3.png", {"": table})
+
+
+def as_markdown(table: Table) -> str:
+    """All tables, each choice with its title."""
+    parts = [f"{name}\n\n{summary(table, choice=name)}" for name in CHOICES]
+    parts += [costs(table), *(f"{name}\n\n{details(table, choice=name)}" for name in CHOICES)]
+    return "\n".join(parts)
 
 
 def read_table(path: Path) -> Table:
     """The table of a `table3.json`."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    cells = {(cell["loss"], cell["part"]): Cell(**cell) for cell in content["cells"]}
+    cells = {(cell["choice"], cell["loss"], cell["part"]): Cell(**cell) for cell in content["cells"]}
     return Table(cells, content["references"], Limits(**content["limits"]), content["losses"], content["parts"])
 
 
-def summary(table: Table) -> str:
+def summary(table: Table, *, choice: str) -> str:
     """One row a part, for each loss: retain score (forget score after relearning)."""
     lines = [f"| trained | {' | '.join(table.losses)} |", "|---" * (len(table.losses) + 1) + "|"]
-    lines += [f"| {part} | {' | '.join(map(_score, row))} |" for part, row in _rows(table)]
+    lines += [f"| {part} | {' | '.join(map(_score, row))} |" for part, row in _rows(table, choice)]
     return "\n".join(lines) + "\n"
 
 
-def _rows(table: Table) -> Iterator[tuple[str, list[Cell | None]]]:
-    return ((part, row) for part in table.parts if any(row := table.row(part)))
+def _rows(table: Table, choice: str) -> Iterator[tuple[str, list[Cell | None]]]:
+    return ((part, row) for part in table.parts if any(row := table.row(part, choice=choice)))
 
 
 def _score(cell: Cell | None) -> str:
@@ -260,7 +293,7 @@ def _score(cell: Cell | None) -> str:
 def costs(table: Table) -> str:
     """One row a part: what training it costs, seconds as means over losses."""
     lines = ["| trained | share trained | stored, MB | CPU seconds | with the prefix cache |", "|---|---|---|---|---|"]
-    for part, row in _rows(table):
+    for part, row in _rows(table, CHOICES[0]):
         own = [cell for cell in row if cell]
         cached = [cell.cached_seconds for cell in own if cell.cached_seconds is not None]
         with_cache = f"{fmean(cached):.1f}" if len(cached) == len(own) else ""
@@ -272,7 +305,7 @@ def costs(table: Table) -> str:
 COLUMNS = ("forget", "probability", "retain", "worst topic", "refusals", "relearned", "int4 forget", "int4 retain")
 
 
-def details(table: Table) -> str:
+def details(table: Table, *, choice: str) -> str:
     """One row a loss and part, on the test half."""
     limits = f"forget ROUGE-L ≤ {table.limits.forget:.3f} and probability ≤ {table.limits.probability:.3f}"
     lines = [
@@ -283,7 +316,7 @@ def details(table: Table) -> str:
     ]
     for name, scores in table.references.items():
         lines.append(f"| | {name} | {' | '.join(_value(scores, {}, column) for column in COLUMNS)} | | | | |")
-    for place in product(table.losses, table.parts):
+    for place in product([choice], table.losses, table.parts):
         if place in table.cells:
             lines.append(_detail(table.cells[place]))
     return "\n".join(lines) + "\n"
@@ -321,9 +354,10 @@ def draw(path: Path, tables: Mapping[str, Table]) -> None:
 
 
 def _draw_frontier(axes: Any, table: Table, name: str) -> None:
-    """The cells of a table as points, those that missed a limit hollow; lines: the best of each part over losses."""
+    """The cells of a table as points, those that missed a limit hollow; lines: the best of each part over all."""
     for place, part in enumerate(table.parts):
-        colour, cells = COLOURS[place % len(COLOURS)], [cell for cell in table.row(part) if cell]
+        colour = COLOURS[place % len(COLOURS)]
+        cells = [cell for choice in CHOICES for cell in table.row(part, choice=choice) if cell]
         points = [(cell.test[name], cell.test["retain"]) for cell in cells]
         if name == "forget":  # every look of the validation half; what is left after relearning is known of cells only
             points = [(forget, retain) for cell in cells for forget, retain in cell.frontier]
@@ -356,7 +390,7 @@ def main() -> None:
     tables = {title: read_table(Path(path)) for title, _, path in (given.rpartition("=") for given in args.tables)}
     draw(args.picture, tables)
     for title, table in tables.items():
-        print(f"{title}\n\n{summary(table)}\n{costs(table)}\n{details(table)}")
+        print(f"{title}\n\n{as_markdown(table)}")
 
 
 if __name__ == "__main__":

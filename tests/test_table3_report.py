@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.table3_report import (
     Cell,
+    Choice,
     Limits,
     Look,
     Run,
@@ -18,6 +19,7 @@ from benchmarks.table3_report import (
     area,
     best_look,
     cells_of,
+    choose,
     costs,
     details,
     frontier,
@@ -27,6 +29,7 @@ from benchmarks.table3_report import (
 )
 
 LIMITS = Limits(forget=0.1, probability=0.2)
+END = (0.0, 0.4)  # forget and retain score of every run's end
 
 
 def look(forget: float, retain: float, *, probability: float = 0.0, strength: float = 1.0) -> Look:
@@ -43,9 +46,14 @@ def run(
         rate=rate,
         seed=seed,
         looks=[Look(0, 0.0, 1.0, 1.0, 1.0), chosen],
-        chosen=chosen,
-        reached=LIMITS.met(chosen),
-        test={"forget": forget, "retain": retain, "relearned": 0.5} if test is None else test,
+        choices={
+            "best look": Choice(
+                chosen,
+                LIMITS.met(chosen),
+                {"forget": forget, "retain": retain, "relearned": 0.5} if test is None else test,
+            ),
+            "end": Choice(look(*END), LIMITS.met(look(*END)), {"forget": END[0], "retain": END[1], "relearned": 0.3}),
+        },
         seconds=3.0 if seed == 5 else 1.0,
         cached=seed != 5,
         trainable=7,
@@ -56,7 +64,7 @@ def run(
 
 
 def cell(runs: list[Run]) -> Cell:
-    return cells_of(runs, first_seed=5)["NPO", "UOE"]
+    return cells_of(runs, first_seed=5)["best look", "NPO", "UOE"]
 
 
 def test_the_best_look_is_under_both_limits_and_keeps_most() -> None:
@@ -66,6 +74,22 @@ def test_the_best_look_is_under_both_limits_and_keeps_most() -> None:
     looks = [too_likely, too_often, look(0.0, 0.7), at_the_limits]
     assert best_look(looks, LIMITS) is at_the_limits
     assert best_look(looks[:2], LIMITS) is too_likely  # neither is under both: the one that says least of what it knew
+
+
+def test_the_end_is_the_last_step_at_full_strength() -> None:
+    looks = [Look(0, 0.0, 1.0, 1.0, 1.0), Look(20, 1.0, 0.0, 0.9, 0.0), Look(30, 1.0, 0.2, 0.6, 0.0)]
+    looks.append(Look(30, 0.7, 0.3, 0.8, 0.0))
+    assert choose("end", looks, LIMITS) == Choice(looks[2], reached=False)
+    assert choose("best look", looks, LIMITS) == Choice(looks[1], reached=True)
+
+
+def test_each_choice_has_its_own_rate() -> None:
+    kept = run(rate=1e-3, seed=5, forget=0.1, retain=0.6)
+    deep = run(rate=1e-2, seed=5, forget=0.1, retain=0.5)
+    deep.choices["end"] = Choice(look(0.0, 0.5), reached=True, test={"forget": 0.0, "retain": 0.55, "relearned": 0.1})
+    cells = cells_of([kept, deep], first_seed=5)
+    assert {name: cells[name, "NPO", "UOE"].rate for name in ("best look", "end")} == {"best look": 1e-3, "end": 1e-2}
+    assert cells["end", "NPO", "UOE"].test["relearned"] == pytest.approx(0.1)
 
 
 def test_the_validation_half_of_the_first_seed_alone_chooses_the_rate() -> None:
@@ -125,9 +149,12 @@ def test_a_seed_that_missed_a_limit_marks_the_cell_and_the_table_survives_the_di
     references = {"retrained": {"forget": 0.05, "retain": 1.0, "relearned": 0.06}}
     cells = cells_of(runs, first_seed=5)
     table = Table(cells, references, LIMITS, losses=["GA", "NPO"], parts=["all", "LoRA", "UOE"])
-    assert summary(table).splitlines()[2:] == ["| all |  | 0.50 (0.50) |", "| UOE |  | 0.70 ± 0.14 * 0.15 (0.50) |"]
+    assert summary(table, choice="best look").splitlines()[2:] == [
+        "| all |  | 0.50 (0.50) |",
+        "| UOE |  | 0.70 ± 0.14 * 0.15 (0.50) |",
+    ]
     assert costs(table).splitlines()[2:] == ["| all | 10.00% | 0.00 | 3.0 |  |", "| UOE | 10.00% | 0.00 | 3.0 | 1.0 |"]
-    twin, full, uoe = details(table).splitlines()[4:]
+    twin, full, uoe = details(table, choice="best look").splitlines()[4:]
     assert twin == "| | retrained | 0.050 |  | 1.000 |  |  | 0.060 |  |  | | | | |"
     assert full.endswith("| 0.001 | 30 x 1 | 1 |")
     assert uoe.startswith("| NPO | UOE * (1 of 2) | 0.150 |  | 0.700 ± 0.141 |  |  | 0.500 ± 0.000 |")
