@@ -109,7 +109,7 @@ class Snapshots(TrainerCallback):
 
 
 def unlearn(ground: Ground, loss: str, part: str, rate: float, seed: int, *, rivals: Sequence[Run]) -> Run:
-    """One run, from the base model: its looks, and its choices among them on the test half where they beat `rivals`'."""
+    """One run, from the base model: its looks, and its choices among them, tested where they beat those of `rivals`."""
     set_seed(seed)
     targets = target_experts(ground, part=part, seed=seed)
     snapshots = Snapshots(ground.args.looks)
