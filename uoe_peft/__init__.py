@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from uoe_peft.training import UnlearningConfig, UnlearningTrainer, solve_unlearning
     from uoe_peft.evaluation import UnlearningReport, calibrate_scale, evaluate_unlearning
     from uoe_peft.export import export_lora, merge_checkpoint, unmerge_checkpoint
+    from uoe_peft.requests import PromptGate
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ _ROOM_OF = {
     "merge_checkpoint": "export",
     "unmerge_checkpoint": "export",
     "export_lora": "export",
+    "PromptGate": "requests",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "merge_checkpoint",
     "unmerge_checkpoint",
     "export_lora",
+    "PromptGate",
 ]
 
 register_with_peft()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,76 @@ def test_decompositions_of_bfloat16_deltas(qwen: PreTrainedModel) -> None:
             torch.testing.assert_close(found.double(), best, rtol=1e-3, atol=1e-4)
 
 
+def kept(delta: Tensor, density: float) -> Tensor:
+    """The entries of greatest magnitude, others 0; a random delta has no two of one magnitude."""
+    flat = sorted(delta.abs().flatten().tolist(), reverse=True)
+    return torch.where(delta.abs() >= flat[int(density * len(flat)) - 1], delta, 0)
+
+
+def ties_by_hand(deltas: list[Tensor], weights: list[float]) -> Tensor:
+    """Entry by entry: the sign of the greater mass, and the mean of the weighted deltas of that sign."""
+    mixed = torch.zeros_like(deltas[0])
+    for place in torch.cartesian_prod(*map(torch.arange, mixed.shape)):
+        row, column = place.tolist()
+        values = [float(delta[row, column]) for delta in deltas]
+        sign = 1.0 if sum(values) >= 0 else -1.0
+        agreeing = [weight * value for value, weight in zip(values, weights, strict=True) if value * sign > 0]
+        mixed[row, column] = sum(agreeing) / max(len(agreeing), 1)
+    return mixed
+
+
+@pytest.mark.parametrize(("kwargs", "scales"), [({}, (1, 1)), (LOW_RANK, (1, 2))])
+@pytest.mark.parametrize("combination_type", ["magnitude_prune", "ties"])
+def test_deltas_are_pruned_and_not_their_factors(
+    qwen: PreTrainedModel, combination_type: str, kwargs: dict[str, Any], scales: tuple[float, float]
+) -> None:
+    model = two_adapters(qwen, **kwargs)
+    weights = [0.7, 1.5]
+    model.base_model.add_weighted_adapter(
+        ["default", "second"], weights, "mixed", combination_type=combination_type, density=0.25
+    )
+    assert model.peft_config["mixed"].delta_type == "full"
+    for layer in uoe_layers(model):
+        deltas: dict[tuple[str, int], list[tuple[Tensor, float]]] = {}
+        for name, scale, weight in zip(["default", "second"], scales, weights, strict=True):
+            for projection, index, delta in stored_deltas(layer, name):
+                deltas.setdefault((projection, index), []).append((kept(scale * delta.detach().float(), 0.25), weight))
+        for (projection, index), own in deltas.items():
+            pruned, factors = [delta for delta, _ in own], [weight for _, weight in own]
+            expected = sum(weight * delta for delta, weight in own)
+            if combination_type == "ties":
+                expected = ties_by_hand(pruned, factors)
+            torch.testing.assert_close(layer.get_delta_weight("mixed", projection, index), expected)
+
+
+def test_dare_drops_at_random_and_keeps_the_mean(qwen: PreTrainedModel) -> None:
+    model = two_adapters(qwen)
+    torch.manual_seed(0)
+    model.base_model.add_weighted_adapter(["default"], [2.0], "few", combination_type="dare_linear", density=0.5)
+    dropped = total = 0
+    for layer in uoe_layers(model):
+        for projection, index, delta in stored_deltas(layer, "default"):
+            found = layer.get_delta_weight("few", projection, index)
+            left = found != 0
+            torch.testing.assert_close(found[left], 4 * delta.detach()[left])  # weight 2, over the density
+            dropped, total = dropped + int((~left).sum()), total + left.numel()
+    assert abs(dropped / total - 0.5) < 5 * (0.25 / total) ** 0.5
+
+
+def test_what_is_pruned_may_be_truncated(qwen: PreTrainedModel) -> None:
+    model = two_adapters(qwen, **LOW_RANK)
+    model.base_model.add_weighted_adapter(
+        ["default"], [1.0], "small", combination_type="magnitude_prune_svd", density=0.5, svd_rank=1
+    )
+    assert (model.peft_config["small"].delta_type, model.peft_config["small"].r) == ("low_rank", 1)
+    for layer in uoe_layers(model):
+        for projection, index, delta in stored_deltas(layer, "default"):
+            left, singular, right = np.linalg.svd(kept(delta.detach(), 0.5).double().numpy(), full_matrices=False)
+            best = torch.from_numpy(left[:, :1] * singular[:1] @ right[:1])
+            found = layer.get_delta_weight("small", projection, index)
+            torch.testing.assert_close(found.double(), best, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -103,7 +174,22 @@ def test_decompositions_of_bfloat16_deltas(qwen: PreTrainedModel) -> None:
         ((["default"], [float("inf")]), {}, "weights must be finite"),
         ((["default"], [1.0]), {"combination_type": "svd", "svd_rank": 0}, "svd_rank must be an integer >= 1"),
         ((["default"], [1.0]), {"combination_type": "svd", "svd_rank": True}, "svd_rank must be an integer >= 1"),
-        ((["default"], [1.0]), {"combination_type": "ties"}, "combination_type must be"),
+        ((["default"], [1.0]), {"combination_type": "mean"}, "combination_type must be"),
+        ((["default"], [1.0]), {"combination_type": "ties"}, "needs density"),
+        ((["default"], [1.0]), {"combination_type": "linear", "density": 0.5}, "takes no density"),
+        ((["default"], [1.0]), {"combination_type": "linear", "svd_rank": 2}, "takes no svd_rank"),
+        (
+            (["default"], [1.0]),
+            {"combination_type": "dare_ties", "density": 0.0},
+            "must be a finite number > 0",
+        ),
+        ((["default"], [1.0]), {"combination_type": "dare_linear", "density": 1.5}, "at most 1"),
+        ((["default"], [1.0]), {"combination_type": "magnitude_prune", "density": float("nan")}, "density must be"),
+        (
+            (["default"], [1.0]),
+            {"combination_type": "ties", "density": 0.5, "majority_sign_method": "mean"},
+            "majority_sign_method must be",
+        ),
         ((["default", "second"], [1.0, 1.0]), {"combination_type": "cat"}, "different experts"),
     ],
 )
@@ -131,7 +217,7 @@ def test_a_combination_that_fails_half_way_leaves_no_adapter(
         if len(calls) == 2:
             raise error
 
-    monkeypatch.setattr(UOELayer, "set_weighted_sum", fail)
+    monkeypatch.setattr(UOELayer, "set_combination", fail)
     with pytest.raises(error):
         model.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "new")
     assert set(model.state_dict()) == names and set(model.peft_config) == {"default", "second"}
@@ -143,3 +229,24 @@ def test_modules_saved_in_full_cannot_be_added(qwen: PreTrainedModel) -> None:
     model = get_peft_model(qwen, make_config(qwen, modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match=r"lm_head is saved in full by one of \['default'\]"):
         model.base_model.add_weighted_adapter(["default"], [1.0], "new")
+
+
+@pytest.mark.parametrize("combination_type", ["linear", "ties"])
+def test_slices_that_no_adapter_edits_stay_as_they_are(qwen: PreTrainedModel, combination_type: str) -> None:
+    layer_idx = get_peft_model(copy.deepcopy(qwen), make_config(qwen)).peft_config["default"].target_experts[0][0]
+    model = get_peft_model(qwen, make_config(qwen, target_experts=[(layer_idx, 1)], target_projections=["down_proj"]))
+    other = make_config(qwen, target_experts=[(layer_idx, 4)], target_projections=["gate_up_proj"], train_router=False)
+    model.add_adapter("second", other)
+    randomise(model)
+    randomise(model, adapter_name="second", seed=1)
+    options = {} if combination_type == "linear" else {"density": 1.0}
+    with pytest.warns(UserWarning, match="no pruning") if options else nullcontext():
+        model.base_model.add_weighted_adapter(
+            ["default", "second"], [1.0, 1.0], "mixed", combination_type=combination_type, **options
+        )
+    for layer in uoe_layers(model)[1:]:
+        for projection, index in layer.edited_keys(["mixed"]):
+            stored = [key for name in ("default", "second") for key in stored_deltas(layer, name)]
+            expected = {key[:2]: key[2] for key in stored}
+            delta = layer.get_delta_weight("mixed", projection, index)
+            torch.testing.assert_close(delta, expected.get((projection, index), torch.zeros_like(delta)))

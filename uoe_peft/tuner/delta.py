@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -133,24 +133,24 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Make the edited experts contribute nothing; a router, which can do no such thing, stays as it is."""
 
     @torch.no_grad()
-    def set_weighted_sum(self, adapter_name: str, weights: Mapping[str, float], *, truncate: bool) -> None:
-        """Set an adapter's deltas to the weighted sum of other adapters' deltas, computed in float32.
+    def set_combination(
+        self, adapter_name: str, weights: Mapping[str, float], combine: Callable[[list[Tensor], Tensor], Tensor] | None
+    ) -> None:
+        """Set a fresh adapter's deltas to what others' deltas of the same slices become, computed in float32.
 
         Args:
             adapter_name: Name of the adapter to set.
             weights: A weight for each of the other adapters.
-            truncate: Whether a low-rank delta is set to the nearest of its rank. Otherwise it is exact: the others'
-                factors side by side, which must be low-rank, too, and whose ranks must fit in the adapter's.
+            combine: See `combining.Combine`. None: the exact sum of low-rank deltas, whose ranks the adapter's holds.
         """
-        sources = self.edited_keys([name for name in weights if name in self.target_indices])
-        for key in self.edited_keys([adapter_name]):
-            own = {name: weights[name] for name in sources.get(key, [])}
-            if adapter_name in self.uoe_A and not truncate:
+        for key, names in self.edited_keys([name for name in weights if name in self.target_indices]).items():
+            own = {name: weights[name] for name in names}
+            if combine is None:
                 self._concatenate_factors(adapter_name, key, own)
                 continue
             zero = torch.zeros_like(self.get_delta_weight(adapter_name, *key), dtype=torch.float32)
-            deltas = (weight * self._add_delta(zero, key, name, slice(None)) for name, weight in own.items())
-            self.set_delta_weight(adapter_name, *key, sum(deltas, start=zero))
+            deltas = [self._add_delta(zero, key, name, slice(None)) for name in own]
+            self.set_delta_weight(adapter_name, *key, combine(deltas, zero.new_tensor(list(own.values()))))
 
     def _concatenate_factors(self, adapter_name: str, key: SliceKey, weights: Mapping[str, float]) -> None:
         """Set a low-rank delta to a weighted sum of others: `[B_1 B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2`."""

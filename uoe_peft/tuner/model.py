@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from uoe_peft.moe.passes import keep_layers
 from uoe_peft.tuner.arguments import as_number
-from uoe_peft.tuner.combining import check_combination, combined_config
+from uoe_peft.tuner.combining import CombinationType, SignMethod, check_combination, combination, combined_config
 from uoe_peft.tuner.config import UOEConfig
 from uoe_peft.tuner.loading import check_state_dict, withdraw
 from uoe_peft.tuner.merging import UOELayer
@@ -181,10 +181,12 @@ class UOEModel(BaseTuner):
         adapters: list[str],
         weights: list[float],
         adapter_name: str,
-        combination_type: Literal["linear", "svd", "cat"] = "linear",
+        combination_type: CombinationType = "linear",
         svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: SignMethod = "total",
     ) -> None:
-        """Add an adapter whose deltas are the weighted sum of other adapters' deltas.
+        """Add an adapter that other adapters are combined to.
 
         The new adapter edits every expert that one of the others edits. Its deltas are full if one of theirs is.
 
@@ -193,18 +195,24 @@ class UOEModel(BaseTuner):
             weights: A weight for each, of either sign.
             adapter_name: Name of the new adapter.
             combination_type: "linear": the exact sum (ranks add up). "svd": the nearest low-rank deltas. "cat": the
-                exact sum of adapters that must edit different experts.
-            svd_rank: Rank for "svd"; None: the largest rank of the adapters.
+                exact sum of adapters that must edit different experts. "ties", "dare_linear", "dare_ties" and
+                "magnitude_prune" prune the deltas before they are added, as in PEFT's LoRA, but the deltas themselves
+                and not their factors: the result is full, or with the ending "_svd" the nearest of a rank.
+            svd_rank: Rank for "svd" and what ends with it; None: the largest rank of the adapters.
+            density: Share of the values that pruning keeps, in (0, 1]; DARE draws them with torch's generator.
+            majority_sign_method: How TIES finds a value's sign, by "total" mass or "frequency".
 
         Sums are computed and kept in float32. Each adapter counts with its strength; the new one has strength 1.
 
         Raises:
             ValueError: An unknown adapter or combination, a taken name, unequal lengths, weights that are not finite, a
-                rank below 1, modules that are saved in full, or for "cat" an expert that two of the adapters edit.
+                rank below 1, a density that is missing or out of range, an option that the combination does not use,
+                modules that are saved in full, or for "cat" an expert that two of the adapters edit.
         """
         check_combination(self.model, self.peft_config, adapters, weights, adapter_name)
         configs = [cast(UOEConfig, self.peft_config[name]) for name in adapters]
         config = combined_config(configs, combination_type, svd_rank)
+        combine = combination(combination_type, density, majority_sign_method)
         by_name = dict(zip(adapters, map(float, weights), strict=True))
         try:
             self.peft_config[adapter_name] = config
@@ -213,7 +221,8 @@ class UOEModel(BaseTuner):
             self.set_requires_grad(adapter_name, False)
             for layer in self._layers():
                 if adapter_name in layer.target_indices:
-                    layer.set_weighted_sum(adapter_name, by_name, truncate=combination_type == "svd")
+                    exact = combination_type in ("linear", "cat") and adapter_name in layer.uoe_A
+                    layer.set_combination(adapter_name, by_name, None if exact else combine)
         except BaseException:
             withdraw(self.model, adapter_name)
             del self.peft_config[adapter_name]

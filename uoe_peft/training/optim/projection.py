@@ -78,7 +78,7 @@ def edited_parameters(model: nn.Module) -> list[EditedParameter]:
     """
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     edited = []
-    for layer, layer_idx, matrix in _layers(model):
+    for layer, layer_idx, matrix in edited_layers(model):
         for adapter_name in layer.active_adapters:
             full = adapter_name in layer.uoe_delta
             store = dict((layer.uoe_delta if full else layer.uoe_A).items())
@@ -96,7 +96,7 @@ def edited_parameters(model: nn.Module) -> list[EditedParameter]:
     return edited
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[UOELayer, int, str | None]]:
+def edited_layers(model: nn.Module) -> Iterator[tuple[UOELayer, int, str | None]]:
     """Every layer of an adapter, its decoder layer, and its matrix where its projection does not name it."""
     for block in find_moe_blocks(model):
         if isinstance(block.router, UOELayer):
