@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 
-from uoe_peft.data import tokenize_dataset, tokenize_with_alternatives
+from uoe_peft.data import tokenization, tokenize_dataset, tokenize_with_alternatives
+from uoe_peft.data.encoding import EncodedRow
 
 IDS = [[5, 6, 7, 8]]
 
@@ -148,3 +151,32 @@ def test_prompts_count_beside_alternatives_where_they_are_asked_for(tokenizer):
     for completion_only, first in ((True, -100), (False, tokenizer.convert_tokens_to_ids("w"))):
         sets = tokenize_with_alternatives(rows, tokenizer, max_length=None, seed=0, completion_only=completion_only)
         assert [row["labels"][0] for rows in sets for row in rows] == [first, first]
+
+
+# ---- Sets on disk, of which `datasets` keeps what was made of them ----
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> Dataset:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}? ", "completion": "a"}) + "\n" for i in range(3)))
+    return load_dataset("json", data_files=str(path), cache_dir=str(tmp_path / "cache"), split="train")
+
+
+def test_rows_that_an_earlier_version_encoded_are_encoded_anew(tokenizer, on_disk, monkeypatch):
+    assert on_disk.cache_files
+    tokenize_dataset(on_disk, tokenizer, max_length=None)
+    monkeypatch.setattr(tokenization, "encode_row", lambda *args, **kwargs: EncodedRow([4, 5], [4, 5]))
+    kept = tokenize_dataset(on_disk, tokenizer, max_length=None)
+    assert len(kept[0]["input_ids"]) == 5  # the same version does not work twice
+    monkeypatch.setattr(tokenization, "digest_of_sources", lambda folder: "of another version")
+    assert tokenize_dataset(on_disk, tokenizer, max_length=None)[0]["input_ids"] == [4, 5]
+
+
+def test_a_version_is_known_by_its_code(tmp_path):
+    digests = set()
+    for number, code in enumerate(("a = 1", "a = 2")):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "encoding.py").write_text(code)
+        digests.add(tokenization.digest_of_sources(tmp_path / str(number)))
+    assert len(digests) == 2

@@ -7,8 +7,11 @@ turns are answers. Forgetting the user's words, or the chat template itself, is 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -162,6 +165,7 @@ def tokenize_rows(
             "completion_only": completion_only,
             "text_field": text_field,
             "truncation_mode": truncation_mode,
+            "rules": digest_of_sources(Path(__file__).parent),
         },
         remove_columns=dataset.column_names,
         num_proc=None if num_proc is None else min(num_proc, len(dataset)),
@@ -211,6 +215,15 @@ def drop_bookkeeping(rows: Dataset) -> Dataset:
     return rows.select_columns(["input_ids", "labels", "id"])
 
 
+@cache
+def digest_of_sources(folder: Path) -> str:
+    """A digest of the modules in a folder, by which rows that an earlier version encoded are not taken for this one's.
+
+    `datasets` keeps what it has mapped of sets on disk, and knows a function by its name alone.
+    """
+    return hashlib.blake2b(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
+
+
 def text_tokenizer(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
     """The tokenizer that a processor holds, or the tokenizer itself.
 
@@ -238,6 +251,7 @@ def _tokenize_row(
     completion_only: bool,
     text_field: str,
     truncation_mode: TruncationMode,
+    rules: str,  # not read: what `datasets` finds the result by again has it in it
 ) -> dict[str, Any]:
     encoded = encode_row(row, tokenizer, completion_only=completion_only, text_field=text_field)
     input_ids, labels = encoded.input_ids, encoded.labels
