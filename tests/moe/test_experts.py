@@ -138,3 +138,17 @@ def test_shared_experts_in_three_stacks_are_not_routed_ones() -> None:
     for name, shape in {"gate_proj": (2, 24, 32), "up_proj": (2, 24, 32), "down_proj": (2, 32, 24)}.items():
         module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
     assert expert_storage(module) is None
+
+
+@pytest.mark.parametrize(("norm", "has_bias"), [(nn.LayerNorm(5), True), (nn.RMSNorm(5), False)])
+def test_what_a_zero_matrix_leaves_of_an_expert_is_known(norm: nn.Module, has_bias: bool) -> None:
+    module = nn.Module()
+    module.up_proj, module.down_proj = nn.Parameter(torch.ones(3, 4, 5)), nn.Parameter(torch.zeros(3, 5, 4))
+    module.act_fn, module.has_gate, module.has_post_expert_norm = nn.ReLU(), False, True
+    module.post_expert_norm = norm
+    if has_bias:
+        nn.init.ones_(norm.bias)
+    storage = expert_storage(module)
+    weights = {name: storage.weight(name, 1) for name in storage.projections}
+    said = storage.forward_expert(torch.ones(2, 5), 1, weights)
+    assert storage.has_output_bias is has_bias is bool(said.any())

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 
 from tests import families
 from uoe_peft.training.saving import load_adapters, load_full_checkpoint
@@ -90,3 +91,38 @@ def test_a_checkpoint_without_an_active_adapter_is_refused(build, tmp_path):
     build.uoe(build.model()).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="of the active adapter 'second'"):
         load_adapters(two_adapters(build), tmp_path)
+
+
+def test_a_checkpoint_of_other_experts_is_refused(make_trainer, build, tmp_path):
+    """Its tensors have the same names and shapes, and would be put on experts that they were not trained for."""
+    make_trainer(build.uoe(build.model()), save_strategy="steps", save_steps=1).train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    other = make_trainer(build.uoe(build.model(), target_experts=[(1, 3)]))
+    with pytest.raises(
+        ValueError, match=r"edits the experts \[\(1, 2\)\], the model's edits \[\(1, 3\)\]; resume with"
+    ):
+        other.train(resume_from_checkpoint=checkpoint)
+    make_trainer(build.uoe(build.model())).train(resume_from_checkpoint=checkpoint)
+
+
+def named(build, *, experts):
+    torch.manual_seed(3)
+    return get_peft_model(build.model(), UOEConfig(target_experts=experts), adapter_name="request")
+
+
+def test_an_adapter_of_another_name_resumes_and_loads(make_trainer, build, tmp_path):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    whole = make_trainer(named(build, experts=[(1, 2)]), **options)
+    whole.train()
+    resumed = make_trainer(named(build, experts=[(1, 2)]), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    for (name, expected), parameter in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected), name
+    assert resumed.model.active_adapters == ["request"]
+    with pytest.raises(ValueError, match="'request' that edits the experts"):
+        other = make_trainer(named(build, experts=[(1, 3)]), **options)
+        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    whole.save_model(str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(build.model(), tmp_path / "saved" / "request", adapter_name="renamed").eval()
+    ids = torch.arange(2, 12)[None]
+    assert torch.equal(loaded(ids).logits, whole.model.eval()(ids).logits)

@@ -34,6 +34,7 @@ def tokenize_with_alternatives(
     *,
     max_length: int | None,
     seed: int,
+    completion_only: bool = True,
     truncation_mode: TruncationMode = "keep_start",
     name: str = "forget",
     num_proc: int | None = None,
@@ -49,6 +50,7 @@ def tokenize_with_alternatives(
         processing_class: As in `tokenize_dataset`.
         max_length: As in `tokenize_dataset`.
         seed: Of the drawn answers.
+        completion_only: As in `tokenize_dataset`.
         truncation_mode: As in `tokenize_dataset`.
         name: As in `tokenize_dataset`.
         num_proc: As in `tokenize_dataset`.
@@ -75,6 +77,7 @@ def tokenize_with_alternatives(
             Dataset.from_list(rows),
             processing_class,
             max_length=max_length,
+            completion_only=completion_only,
             truncation_mode=truncation_mode,
             name=role,
             num_proc=num_proc,

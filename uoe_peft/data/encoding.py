@@ -13,6 +13,9 @@ from uoe_peft.data.conversations import CONVERSATION_COLUMNS, answering_turns, r
 from uoe_peft.data.turns import ChatTemplate, common_prefix_length, find_answers
 from uoe_peft.losses import IGNORE_INDEX
 
+# What a set that is tokenised already may say of each token.
+_TOKEN_COLUMNS = ("input_ids", "labels", "assistant_masks", "completion_mask", "attention_mask")
+
 
 class EncodedRow(NamedTuple):
     """A row as token ids."""
@@ -44,15 +47,14 @@ def encode_row(
             lengths, messages come without a chat template or hold more than text.
     """
     if "input_ids" in row:
-        return EncodedRow(list(row["input_ids"]), _given_labels(row, completion_only))
+        return _given_tokens(row, completion_only)
     conversation = next((row[name] for name in CONVERSATION_COLUMNS if row.get(name) is not None), None)
     if "prompt" in row and "completion" in row:
         encoded = _prompt_completion(row, tokenizer)
     elif conversation is not None:
         encoded = _conversation([], conversation, row, tokenizer)
     else:
-        input_ids = _encode(tokenizer, _with_eos(row[text_field], tokenizer))
-        encoded = EncodedRow(input_ids, input_ids)
+        encoded = _text(row.get(text_field), tokenizer, name=text_field)
     return encoded if completion_only else encoded._replace(labels=list(encoded.input_ids))
 
 
@@ -80,27 +82,26 @@ def example_id(input_ids: Sequence[int], labels: Sequence[int]) -> int:
     return int.from_bytes(hashlib.blake2b(values.tobytes(), digest_size=8).digest(), "little") >> 1
 
 
-def _given_labels(row: Mapping[str, Any], completion_only: bool) -> list[int]:
-    input_ids = row["input_ids"]
-    labels = row.get("labels")
-    mask = row.get("completion_mask") if completion_only else None
-    if labels is None and mask is None:
-        labels = input_ids
-    elif labels is None:
-        labels = _mask_labels(input_ids, mask or ())
-    if len(labels) != len(input_ids):
-        raise ValueError(f"a row has {len(input_ids)} input_ids but {len(labels)} labels")
-    return list(labels)
-
-
-def _mask_labels(input_ids: Sequence[int], mask: Sequence[int]) -> list[int]:
-    return [i if m else IGNORE_INDEX for i, m in zip(input_ids, mask, strict=True)]
+def _given_tokens(row: Mapping[str, Any], completion_only: bool) -> EncodedRow:
+    """A row that holds token ids; labels go before masks, as in TRL, and padding is taken out."""
+    columns = {name: row[name] for name in _TOKEN_COLUMNS if row.get(name) is not None}
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) != 1 or "input_ids" not in columns:
+        raise ValueError(f"a row holds {lengths or 'no'} tokens; expected input_ids, and all of its columns as long")
+    input_ids, names = columns["input_ids"], ("assistant_masks", *(["completion_mask"] if completion_only else []))
+    masks = [columns[name] for name in names if name in columns]
+    masked = [i if all(counts) else IGNORE_INDEX for i, *counts in zip(input_ids, *masks, strict=True)]
+    labels, attended = columns.get("labels", masked), columns.get("attention_mask", [1] * len(input_ids))
+    kept = [place for place, is_token in enumerate(attended) if is_token]
+    return EncodedRow([input_ids[place] for place in kept], [labels[place] for place in kept])
 
 
 def _prompt_completion(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> EncodedRow:
     prompt, completion = row["prompt"], row["completion"]
     match prompt, completion:
         case str(), str():
+            if not completion.strip():  # its end alone is no answer
+                return _unanswered(_encode(tokenizer, prompt))
             input_ids = _encode(tokenizer, _with_eos(prompt + completion, tokenizer))
             # Tokens can merge across the boundary: the answer starts where the two differ.
             start = common_prefix_length(_encode(tokenizer, prompt), input_ids)
@@ -122,10 +123,25 @@ def _conversation(
 ) -> EncodedRow:
     """Messages of which only the later ones can be answers."""
     messages = read_messages([*asked, *answered])
+    if not messages:  # many templates fail on none
+        return _unanswered([])
     template = ChatTemplate(tokenizer, row.get("tools"), row.get("chat_template_kwargs") or {})
     input_ids, answers, num_missing = find_answers(messages, answering_turns(messages, start=len(asked)), template)
     labels = [i if is_answer else IGNORE_INDEX for i, is_answer in zip(input_ids, answers, strict=True)]
     return EncodedRow(input_ids, labels, num_missing)
+
+
+def _text(text: Any, tokenizer: PreTrainedTokenizerBase, *, name: str) -> EncodedRow:
+    if not isinstance(text, str):
+        raise ValueError(f"column {name!r} must hold text, got {type(text).__name__} in a row")
+    if not text.strip():
+        return _unanswered(_encode(tokenizer, text))
+    input_ids = _encode(tokenizer, _with_eos(text, tokenizer))
+    return EncodedRow(input_ids, input_ids)
+
+
+def _unanswered(input_ids: list[int]) -> EncodedRow:
+    return EncodedRow(input_ids, [IGNORE_INDEX] * len(input_ids))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -7,14 +7,17 @@ turns are answers. Forgetting the user's words, or the chat template itself, is 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from uoe_peft.data.conversations import CONVERSATION_COLUMNS
+from uoe_peft.data.columns import check_columns, check_readable
 from uoe_peft.data.encoding import encode_row, example_id, num_predicted
 
 logger = logging.getLogger(__name__)
@@ -25,19 +28,6 @@ ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 _NUM_BEFORE = "num_answer_tokens_before_truncation"
 _NUM_AFTER = "num_answer_tokens"
 _NUM_MISSING = "num_answers_not_rendered"
-
-_NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
-
-# TRL's types that say more or less than which answer belongs to a prompt, and what to do with them.
-_OTHER_TYPES = (
-    (
-        {"chosen", "rejected"},
-        "preference",
-        'forget_loss="dpo" and "idk" read it; for others rename a column',
-    ),
-    ({"prompt", "completions"}, "stepwise supervision", "join the steps of each row to one 'completion'"),
-    ({"prompt"}, "prompt-only", "add the answers as a column 'completion'"),
-)
 
 
 def tokenize_dataset(
@@ -54,9 +44,10 @@ def tokenize_dataset(
 ) -> Dataset:
     """Token ids and labels of a data set of text.
 
-    Understood columns, the first match wins: `input_ids` (with `labels`, or `completion_mask`, or
-    neither: every token then counts); `prompt` and `completion`, both strings or both lists of
-    messages; `messages`, or `conversations` as ShareGPT has them; `text`.
+    Understood columns, the first match wins: `input_ids` (with `labels`, else `assistant_masks` and
+    `completion_mask`, else every token counts; where there is an `attention_mask`, padding is taken
+    out); `prompt` and `completion`, both strings or both lists of messages; `messages`, or
+    `conversations` as ShareGPT has them; `text`.
 
     An end-of-sequence token is appended to strings, not to conversations, whose chat template ends
     them. Where TRL would count every token of a `messages` row, only what the assistant says counts
@@ -64,9 +55,9 @@ def tokenize_dataset(
     writes before an answer, such as an empty `<think>` block or the name of a channel, is no part of
     it, see :mod:`uoe_peft.data.turns`.
 
-    Rows whose answer lies entirely beyond `max_length` have nothing to learn from; they are left
-    out, and their number is logged, as is the number of rows whose answer was cut, and of answers
-    that the chat template leaves out.
+    Rows without an answer, and rows whose answer lies entirely beyond `max_length`, are left out:
+    of an empty answer only its end would be forgotten. Their number is logged, as is the number of
+    rows whose answer was cut, and of answers that the chat template leaves out.
 
     Args:
         dataset: The set. A streaming set needs `max_examples`.
@@ -141,17 +132,8 @@ def materialise(
             )
     if len(dataset) == 0:
         raise ValueError(f"the {name} set is empty; expected at least one row")
-    if unread := sorted({*_NOT_TEXT} & {*dataset.column_names}):
-        raise ValueError(
-            f"the {name} set has the columns {unread}, and only text is read; to unlearn from its text alone, pass "
-            f"dataset.remove_columns({unread})"
-        )
-    if dataset.format["type"] == "custom":
-        raise ValueError(
-            f"the {name} set has a transform (with_transform), which would be applied once and for all, though it may "
-            "give something else each time; apply it with dataset.map first"
-        )
-    return dataset
+    check_readable(dataset, name=name)
+    return dataset.with_format(None)  # rows of plain Python, all columns of them
 
 
 def tokenize_rows(
@@ -174,7 +156,7 @@ def tokenize_rows(
         raise ValueError(f"max_length must be None or at least 2 (one token and the next), got {max_length}")
     if truncation_mode not in ("keep_start", "keep_end"):
         raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end', got {truncation_mode!r}")
-    _check_columns(dataset, text_field=text_field, name=name)
+    check_columns(dataset, text_field=text_field, name=name)
     return dataset.map(
         _tokenize_row,
         fn_kwargs={
@@ -183,33 +165,11 @@ def tokenize_rows(
             "completion_only": completion_only,
             "text_field": text_field,
             "truncation_mode": truncation_mode,
+            "rules": digest_of_sources(Path(__file__).parent),
         },
         remove_columns=dataset.column_names,
         num_proc=None if num_proc is None else min(num_proc, len(dataset)),
         desc=f"Tokenizing {name} set",
-    )
-
-
-def _check_columns(dataset: Dataset, *, text_field: str, name: str) -> None:
-    """Refuse sets that have no text to read, or whose type says what would be ignored."""
-    columns = set(dataset.column_names)
-    if columns & {"input_ids", *CONVERSATION_COLUMNS, text_field}:
-        return
-    if {"prompt", "completion"} <= columns:
-        if "label" in columns and dataset.features["label"].dtype == "bool":
-            raise ValueError(
-                f"the {name} set is of TRL's unpaired preference type, whose 'label' would be ignored; choose rows by "
-                "it with dataset.filter, then pass dataset.remove_columns('label')"
-            )
-        return
-    advice = "rename or map the columns first"
-    for needed, kind, what_to_do in _OTHER_TYPES:
-        if needed <= columns:
-            advice = f"it is of TRL's {kind} type: {what_to_do}"
-            break
-    raise ValueError(
-        f"the {name} set has the columns {sorted(columns)}; expected 'prompt' and 'completion', or 'messages', or "
-        f"'conversations', or {text_field!r}, or 'input_ids'; {advice}"
     )
 
 
@@ -255,6 +215,15 @@ def drop_bookkeeping(rows: Dataset) -> Dataset:
     return rows.select_columns(["input_ids", "labels", "id"])
 
 
+@cache
+def digest_of_sources(folder: Path) -> str:
+    """A digest of the modules in a folder, by which rows that an earlier version encoded are not taken for this one's.
+
+    `datasets` keeps what it has mapped of sets on disk, and knows a function by its name alone.
+    """
+    return hashlib.blake2b(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
+
+
 def text_tokenizer(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
     """The tokenizer that a processor holds, or the tokenizer itself.
 
@@ -282,6 +251,7 @@ def _tokenize_row(
     completion_only: bool,
     text_field: str,
     truncation_mode: TruncationMode,
+    rules: str,  # not read: what `datasets` finds the result by again has it in it
 ) -> dict[str, Any]:
     encoded = encode_row(row, tokenizer, completion_only=completion_only, text_field=text_field)
     input_ids, labels = encoded.input_ids, encoded.labels

@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from uoe_peft.data import IGNORE_INDEX
 from uoe_peft.evaluation.evidence import RoutingRecord
 from uoe_peft.evaluation.generation import greedy_answers
 from uoe_peft.evaluation.likelihood import choice_nll, score_answers
@@ -197,7 +198,7 @@ def fluency(model: AnyModel, texts: Sequence[str], asking: Asking, *, desc: str)
     )
     encode: Callable[..., Any] = tokenizer
     ids = [list(encode(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    examples = [{"input_ids": [begin, *tokens], "labels": [-100, *tokens]} for tokens in ids if tokens]
+    examples = [{"input_ids": [begin, *tokens], "labels": [IGNORE_INDEX, *tokens]} for tokens in ids if tokens]
     with answering(model):
         scored = iter(score_answers(model, examples, batch_size=asking.batch_size, desc=desc))
         found = [next(scored) if tokens else None for tokens in ids]

@@ -1,7 +1,7 @@
 """Forget, retain and anchor losses: pure functions of tensors."""
 
 from uoe_peft.losses.anchor import anchor_loss, mask_to_top_k
-from uoe_peft.losses.answers import (
+from uoe_peft.losses.answer_tokens import (
     IGNORE_INDEX,
     answer_lengths,
     answer_positions,

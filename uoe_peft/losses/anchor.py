@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from uoe_peft.losses.answers import mean
+from uoe_peft.losses.answer_tokens import mean
 
 AnchorReduction = Literal["token", "mean_gate"]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uoe_peft.losses.answers import TokenReduction, mean, reduce_tokens
+from uoe_peft.losses.answer_tokens import TokenReduction, mean, reduce_tokens
 
 
 def grad_ascent_loss(log_probs: Tensor, *, denominator: Tensor | float | None = None) -> Tensor:

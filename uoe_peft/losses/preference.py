@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from uoe_peft.losses.answers import mean
+from uoe_peft.losses.answer_tokens import mean
 
 
 def npo_loss(

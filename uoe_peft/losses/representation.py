@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from uoe_peft.losses.answers import mean
+from uoe_peft.losses.answer_tokens import mean
 
 
 def control_direction(hidden_size: int, *, seed: int) -> Tensor:

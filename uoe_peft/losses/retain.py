@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uoe_peft.losses.answers import TokenReduction, mean, reduce_tokens
+from uoe_peft.losses.answer_tokens import TokenReduction, mean, reduce_tokens
 
 
 def nll_loss(

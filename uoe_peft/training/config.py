@@ -238,5 +238,10 @@ class UnlearningConfig(OptimiserOptions, StrengthOptions, SFTConfig):
             raise ValueError(f"loss_type must stay 'nll', got {self.loss_type!r}; choose forget_loss and retain_loss")
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor must stay 0, got {self.label_smoothing_factor}")
+        if self.assistant_only_loss and self.completion_only_loss is False:
+            raise ValueError(
+                "assistant_only_loss=True and completion_only_loss=False contradict each other here: the second counts "
+                "every token of a conversation; leave both as they are to count what the assistant says"
+            )
         if self.retain_token_weights == "trace" and self.retain_loss != "nll":
             raise ValueError(f"retain_token_weights='trace' needs retain_loss='nll', got {self.retain_loss!r}")

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,6 +21,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from uoe_peft.training.model_card import add_loading_section, record_training
 from uoe_peft.training.objective.anchor import active_configs, trained_configs
+from uoe_peft.tuner import UOEConfig
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -33,6 +35,8 @@ class SavingTrainer(SFTTrainer):
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.model, PeftModel):
+            check_same_experts(self.model, Path(resume_from_checkpoint))
         if not self._load_unsharded(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -76,7 +80,7 @@ def load_adapters(model: PeftModel, folder: Path) -> None:
     Raises:
         FileNotFoundError: An active adapter is not there.
     """
-    places = {name: folder if name == "default" else folder / name for name in model.active_adapters}
+    places = _places(model, folder)
     for name, place in places.items():
         if not (place / _ADAPTER_FILE).is_file():
             raise FileNotFoundError(
@@ -85,6 +89,33 @@ def load_adapters(model: PeftModel, folder: Path) -> None:
             )
     for name, place in places.items():
         set_peft_model_state_dict(model, load_file(place / _ADAPTER_FILE), adapter_name=name)
+
+
+def check_same_experts(model: PeftModel, folder: Path) -> None:
+    """Whether a checkpoint's adapters edit what the model's do: tensors of other experts look just the same.
+
+    Args:
+        model: Where the checkpoint will be loaded.
+        folder: Where it is.
+
+    Raises:
+        ValueError: An active UOE adapter edited other experts when the checkpoint was written.
+    """
+    for name, place in _places(model, folder).items():
+        config = model.peft_config[name]
+        if not isinstance(config, UOEConfig) or not (place / CONFIG_NAME).is_file():
+            continue
+        saved = UOEConfig.from_pretrained(str(place))
+        if saved.target_experts != config.target_experts:
+            raise ValueError(
+                f"the checkpoint {folder} is of an adapter {name!r} that edits the experts {saved.target_experts}, the "
+                f"model's edits {config.target_experts}; resume with target_experts={saved.target_experts}"
+            )
+
+
+def _places(model: PeftModel, folder: Path) -> dict[str, Path]:
+    """Where `save_pretrained` writes the active adapters of a model: "default" itself, others by their names."""
+    return {name: folder if name == "default" else folder / name for name in model.active_adapters}
 
 
 def load_full_checkpoint(model: PreTrainedModel, folder: str) -> None:

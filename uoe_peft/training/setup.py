@@ -49,8 +49,14 @@ def check_arguments(args: UnlearningConfig, given: Mapping[str, Any]) -> None:
         given: Further arguments of the trainer.
 
     Raises:
+        TypeError: `args` is of another class, as TRL's own.
         ValueError: One of them is there.
     """
+    if not isinstance(args, UnlearningConfig):
+        raise TypeError(
+            f"args must be an UnlearningConfig, which names the losses, got {type(args).__name__}; it takes all that "
+            "SFTConfig takes"
+        )
     instead = {
         "data_collator": "rows are padded role by role; set pad_to_multiple_of or pad_token instead",
         "compute_loss_func": "the loss is what forget_loss and retain_loss name",
@@ -82,6 +88,9 @@ def prepare_set(
             # The other columns go: 'prompt' or 'messages' would be read before the text.
             remove_columns=dataset.column_names,
             num_proc=args.dataset_num_proc,
+            # `datasets` knows a function by its name, and would hand out what it wrote before it was changed.
+            keep_in_memory=True,
+            load_from_cache_file=False,
         )
     return tokenize_dataset(
         dataset,
@@ -105,10 +114,14 @@ def pair_sets(
 ) -> PairedDataset:
     """The training set: forget rows, their retain partners, and alternative answers where a loss needs them.
 
+    The retain set is shuffled in any case, see `retain_index`; the forget set where `shuffle_dataset` asks for it.
+
     Raises:
         ValueError: A set cannot be used, see `tokenize_dataset`; or it has no questions to give other answers to.
     """
     extra = {}
+    if args.shuffle_dataset:
+        forget = materialise(forget).shuffle(seed=args.seed)
     if args.needs_alternatives:
         if formatting_func is not None:
             raise ValueError(
@@ -120,6 +133,7 @@ def pair_sets(
             materialise(forget),
             processing_class,
             max_length=args.max_length,
+            completion_only=args.completion_only_loss is not False,
             truncation_mode=cast(Any, args.truncation_mode),
             seed=args.seed,
             num_proc=args.dataset_num_proc,

@@ -107,8 +107,8 @@ class UnlearningTrainer(CalibratingTrainer, OptimisingTrainer, SavingTrainer, Ev
         **kwargs: Any,
     ) -> None:
         args = UnlearningConfig() if args is None else args
-        check_sets(args, train_dataset, retain_dataset)
         check_arguments(args, kwargs)
+        check_sets(args, train_dataset, retain_dataset)
         retain_dataset, aside = split_retain(retain_dataset, args, eval_dataset)
         processing_class = processing_class or load_tokenizer(model, args)
         paired = None

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from uoe_peft.data import collate, tokenize_dataset
 from uoe_peft.data.tokenization import ProcessingClass
 from uoe_peft.evaluation.attacks.result import CausalLM
-from uoe_peft.losses.answers import answer_positions, answer_targets, mean, token_log_probs
+from uoe_peft.losses.answer_tokens import answer_positions, answer_targets, mean, token_log_probs
 
 Example = dict[str, Any]
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-IGNORE_INDEX = -100
+from uoe_peft.losses import IGNORE_INDEX
+
 _MAX_VALUES = 2**25  # of float32: 128 MB
 
 

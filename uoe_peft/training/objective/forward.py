@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from uoe_peft.data import Batch
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.losses import answer_lengths, answer_positions, answer_targets, sequence_nll, token_log_probs
-from uoe_peft.losses.answers import SequenceReduction
+from uoe_peft.losses.answer_tokens import SequenceReduction
 from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.lm_head import apply_lm_head, find_lm_head, no_logits, record_decoder_output
 from uoe_peft.moe.segments import find_layers, stop_after_layer

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from uoe_peft.data import Batch, PairedDataset
 from uoe_peft.data.pairing import retain_index
-from uoe_peft.losses.answers import IGNORE_INDEX
+from uoe_peft.losses.answer_tokens import IGNORE_INDEX
 from uoe_peft.training.config import UnlearningConfig
 
 Row = Mapping[str, Any]

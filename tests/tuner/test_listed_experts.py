@@ -1,0 +1,28 @@
+"""Experts that are modules of their own, where an adapter lies on another that is merged."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from tests.families import build, logits
+from tests.tuner.conftest import make_config, randomise
+from uoe_peft.moe import find_moe_blocks
+
+
+def test_zero_expert_silences_what_lies_under_a_merged_adapter() -> None:
+    base = build("listed, router module")
+    silenced, ids = copy.deepcopy(base).eval(), torch.arange(3, 21).view(2, 9)
+    storage = find_moe_blocks(silenced)[-1].storage
+    storage.weight(storage.projections[-1], 1).data.zero_()
+    model = get_peft_model(base, make_config(base)).eval()
+    randomise(model)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):  # only after the new adapter was made
+        model.add_adapter("silence", make_config(base, init_weights="zero_expert", train_router=False))
+    model.set_adapter("silence")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, ids), logits(silenced, ids), rtol=1e-4, atol=1e-5)
