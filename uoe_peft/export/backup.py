@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from uoe_peft.checkpoints import TensorFile, read_bytes
 from uoe_peft.export.checkpoint import Checkpoint
 from uoe_peft.export.edits import TensorEdit
 from uoe_peft.export.rewriting import Patch
-from uoe_peft.export.tensor_file import TensorFile, read_bytes
 
 FILE = "original_slices.safetensors"
 _FORMAT = "uoe_peft.original_slices"
