@@ -42,7 +42,7 @@ def test_an_index_must_not_lead_out_of_the_folder(shard: str, tmp_path: Path) ->
 
 
 def test_shards_without_an_index_and_no_shards(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no model.safetensors and no .*: expected a checkpoint in safetensors"):
+    with pytest.raises(ValueError, match=r"has no model\.safetensors and no .*: expected a checkpoint in safetensors"):
         read_weight_map(tmp_path)
     save_file({"a": torch.ones(2)}, tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(ValueError, match=rf"has the shards \['model-00001-of-00002.safetensors'\] but no {INDEX}"):
