@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import GraniteMoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from uoe_peft.checkpoints import INDEX
 from uoe_peft.export import merge_checkpoint
-from uoe_peft.export.checkpoint import INDEX
 from uoe_peft.tuner import UOEConfig
 
 HIDDEN, EXPERT, EXPERTS, VOCAB = 2048, 1408, 64, 1000

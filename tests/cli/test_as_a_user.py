@@ -186,6 +186,8 @@ def test_a_first_signal_stops_after_the_step_and_saves_a_second_one_at_once() ->
         assert not control.should_save
         stopping.on_step_end(nothing, nothing, control)
         assert control.should_save and control.should_training_stop
+        with pytest.raises(KeyboardInterrupt):  # once the checkpoint is there
+            stopping.on_save(nothing, nothing, control)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.export.conftest import adapted, assert_same_bits, save_base, tensors
 from tests.families import build
-from uoe_peft.export import checkpoint, merge_checkpoint, rewriting, saved_adapter, unmerge_checkpoint
+from uoe_peft.export import checkpoint, merge_checkpoint, output, rewriting, saved_adapter, unmerge_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def test_a_disk_that_fills_up_leaves_nothing(after: int, work: Path, monkeypatch
 
 
 def test_too_small_a_disk_is_said_before(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewriting.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     refused(work, r"writing needs 0\.00 GB, 0\.00 GB are free")
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 from uoe_peft import __version__
 from uoe_peft.cli.help import help_of
@@ -69,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(stage: str, options: list[str]) -> None:
     shows_traceback = "--traceback" in options
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _terminable():
             warnings.formatwarning = _one_line  # type: ignore[assignment]
             # Imported only now: help should not wait for torch.
             import_module(f"uoe_peft.cli.stages.{stage}").run([word for word in options if word != "--traceback"])
@@ -83,6 +87,23 @@ def _run(stage: str, options: list[str]) -> None:
         raise SystemExit(1) from error
     finally:
         warnings.formatwarning = _FORMAT
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, as schedulers send it, ends the stage as Ctrl-C does: what is temporary is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 _FORMAT = warnings.formatwarning

@@ -37,6 +37,11 @@ class StopAfterStep(TrainerCallback):
         if self.asked:
             control.should_save = control.should_training_stop = True
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave at once where a signal has come: what follows training, such as choosing a strength, takes its time."""
+        if self.asked:
+            raise KeyboardInterrupt
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take signals: the first one stops after the step, the second one, or one before any step, at once."""
@@ -52,6 +57,6 @@ class StopAfterStep(TrainerCallback):
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.asked or not self.running:
-            raise KeyboardInterrupt("nothing to go on from was left")
+            raise KeyboardInterrupt
         self.asked = True
         print("\nstopping after this step, with a checkpoint; once more stops at once", flush=True)

@@ -9,18 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from uoe_peft.checkpoints import TensorFile, read_bytes
 from uoe_peft.export.checkpoint import Checkpoint
 from uoe_peft.export.edits import TensorEdit
 from uoe_peft.export.rewriting import Patch
-from uoe_peft.export.tensor_file import TensorFile, read_bytes
 
 FILE = "original_slices.safetensors"
 _FORMAT = "uoe_peft.original_slices"
@@ -70,10 +69,11 @@ class Backup:
                     f"{edit.tensor} of {checkpoint.name} is not what the merge wrote: the backup {self.file.path} is "
                     "of another checkpoint, or the merge was undone already"
                 )
-            patches[edit.shard].append(Patch(edit.start, edit.num_bytes, partial(self._bytes, index)))
+            patches[edit.shard].append(Patch(edit.start, edit.num_bytes, partial(self.original, index)))
         return list(self.edits), dict(patches)
 
-    def _bytes(self, index: int) -> Iterator[bytearray]:
+    def original(self, index: int) -> Iterator[bytearray]:
+        """The bytes of an edit before the merge, part by part."""
         stored = self.file.tensors[str(index)]
         with self.file.path.open("rb") as file:
             yield from _ranges(file, stored.start, stored.stop - stored.start)
@@ -97,9 +97,9 @@ def write_backup(folder: Path, checkpoint: Checkpoint, edits: Iterable[TensorEdi
     for edit in edits:
         with (merged / edit.shard).open("rb") as file:
             entries.append({**asdict(edit), "merged": _hash(_ranges(file, edit.start, edit.num_bytes))})
-    handle, name = tempfile.mkstemp(prefix=f".{FILE}.", suffix=".partial", dir=folder)
+    unfinished = folder / f".{FILE}.partial"  # of one name: the next try replaces what a killed one has left
     try:
-        with os.fdopen(handle, "wb") as target:
+        with unfinished.open("wb") as target:
             target.write(_header(entries))
             for edit in edits:
                 with checkpoint.shard(edit.shard).path.open("rb") as source:
@@ -107,17 +107,45 @@ def write_backup(folder: Path, checkpoint: Checkpoint, edits: Iterable[TensorEdi
                         target.write(block)
             target.flush()
             os.fsync(target.fileno())
-        os.replace(name, folder / FILE)
+        os.replace(unfinished, folder / FILE)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
     return folder / FILE
 
 
-def check_no_backup(folder: Path) -> None:
-    """Raise ValueError if a folder holds a backup already: it may be the only copy of something."""
-    if (folder / FILE).exists():
+def check_backup(
+    folder: Path, checkpoint: Checkpoint, edits: Sequence[TensorEdit], patches: Mapping[str, Sequence[Patch]]
+) -> None:
+    """Raise ValueError if a folder holds a backup of another merge: it may be the only copy of something.
+
+    One of this very merge may stay: a process that was killed before its output appeared has left it.
+
+    Args:
+        folder: Where the backup is to be written.
+        checkpoint: Before the merge.
+        edits: What is to be changed.
+        patches: The new bytes, by shard.
+    """
+    if (folder / FILE).exists() and not _is_of(folder, checkpoint, edits, patches):
         raise ValueError(f"backup {folder} holds {FILE} of an earlier merge; choose another folder")
+
+
+def _is_of(
+    folder: Path, checkpoint: Checkpoint, edits: Sequence[TensorEdit], patches: Mapping[str, Sequence[Patch]]
+) -> bool:
+    try:
+        backup = Backup.open(folder)
+    except (ValueError, KeyError, TypeError):
+        return False
+    if backup.edits != tuple(edits):
+        return False
+    new = {(shard, patch.start): patch for shard, group in patches.items() for patch in group}
+    for index, edit in enumerate(edits):
+        merged, kept = _hash(new[edit.shard, edit.start].blocks()), _hash(backup.original(index))
+        if (merged, kept) != (backup.merged[index], _hash_in(checkpoint, edit)):
+            return False
+    return True
 
 
 def _header(entries: list[dict[str, object]]) -> bytes:
@@ -141,7 +169,7 @@ def _hash_in(checkpoint: Checkpoint, edit: TensorEdit) -> str | None:
         return _hash(_ranges(file, edit.start, edit.num_bytes))
 
 
-def _hash(blocks: Iterable[bytearray]) -> str:
+def _hash(blocks: Iterable[bytes | bytearray | memoryview]) -> str:
     digest = hashlib.sha256()
     for block in blocks:
         digest.update(block)

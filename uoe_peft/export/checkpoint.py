@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +12,7 @@ import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from uoe_peft.export.tensor_file import StoredTensor, TensorFile
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from uoe_peft.checkpoints import INDEX, SINGLE, StoredTensor, TensorFile, read_weight_map, shard_path
 
 # Weights in other formats would carry what was forgotten into the output.
 WEIGHT_SUFFIXES = frozenset(
@@ -77,13 +73,10 @@ class Checkpoint:
             ValueError: It is missing, or cut off.
         """
         if shard not in self._files:
-            path = self.folder / shard
-            if not self.is_local:
+            if self.is_local:
+                path = shard_path(self.folder, shard)
+            else:
                 path = Path(hf_hub_download(self.name, shard, revision=self.revision))
-            elif not path.is_file():
-                raise ValueError(
-                    f"{self.folder} has no {shard}, which its {INDEX} names; download the checkpoint again"
-                )
             self._files[shard] = TensorFile(path)
         return self._files[shard]
 
@@ -148,16 +141,6 @@ def _build(config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedMo
 
 
 def _weight_map(folder: Path, name: str | Path, *, revision: str | None, is_local: bool) -> dict[str, str]:
-    if (folder / INDEX).is_file():
-        try:
-            return dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{folder / INDEX} cannot be read ({error!r}); download the checkpoint again") from error
-    if not is_local:
-        return dict.fromkeys(TensorFile(Path(hf_hub_download(str(name), SINGLE, revision=revision))).tensors, SINGLE)
-    if (folder / SINGLE).is_file():
-        return dict.fromkeys(TensorFile(folder / SINGLE).tensors, SINGLE)
-    shards = sorted(path.name for path in folder.glob("*.safetensors"))
-    if shards:
-        raise ValueError(f"{folder} has the shards {shards[:3]} but no {INDEX}; download or save the checkpoint again")
-    raise ValueError(f"{folder} has no {SINGLE}: expected a checkpoint in safetensors format")
+    if is_local or (folder / INDEX).is_file():
+        return read_weight_map(folder)
+    return dict.fromkeys(TensorFile(Path(hf_hub_download(str(name), SINGLE, revision=revision))).tensors, SINGLE)

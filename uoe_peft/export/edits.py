@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from uoe_peft.checkpoints import as_bytes
 from uoe_peft.export.checkpoint import Checkpoint
 from uoe_peft.export.disk_layout import DiskPiece, MemorySlice, as_in_memory, disk_pieces
 from uoe_peft.export.rewriting import Patch
 from uoe_peft.export.saved_adapter import SavedAdapter, SavedDelta, all_finite
-from uoe_peft.export.tensor_file import as_bytes
 from uoe_peft.moe import ListedExperts, MoEBlock, find_moe_blocks
 
 _BLOCK = 1 << 18  # elements that are computed at once, as in a merge in memory
@@ -249,7 +249,7 @@ def located(edit: SliceEdit, checkpoint: Checkpoint, model: PreTrainedModel) -> 
 
 def _change(edit: SliceEdit, piece: DiskPiece, checkpoint: Checkpoint) -> tuple[TensorEdit, Patch]:
     stored, shard = checkpoint.tensor(piece.tensor), checkpoint.weight_map[piece.tensor]
-    if stored.shape != piece.shape or stored.torch_dtype is None:
+    if stored.shape != piece.shape or not stored.is_precise:
         raise ValueError(
             f"{piece.tensor} of {checkpoint.name} is stored as {stored.dtype} of shape {stored.shape}; expected floats "
             f"of at least 16 bits and shape {piece.shape}. Quantised weights cannot be edited: merge into the "

@@ -15,7 +15,7 @@ from uoe_peft.export.checkpoint import Checkpoint
 from uoe_peft.export.edits import SliceEdit, located, slice_edits
 from uoe_peft.export.factors import Factors, factorise
 from uoe_peft.export.lora_layouts import peft_layout, per_expert_layout
-from uoe_peft.export.rewriting import appearing_at_once, check_vacant
+from uoe_peft.export.output import appearing_at_once, check_vacant
 from uoe_peft.export.saved_adapter import WEIGHTS, SavedAdapter
 
 LoraFormat = Literal["peft", "per_expert"]

@@ -6,10 +6,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from uoe_peft.export.backup import Backup, check_no_backup, write_backup
+from uoe_peft.export.backup import FILE, Backup, check_backup, write_backup
 from uoe_peft.export.checkpoint import Checkpoint
 from uoe_peft.export.edits import TensorEdit, plan, slice_edits
-from uoe_peft.export.rewriting import Copied, Patch, appearing_at_once, check_space, check_vacant, copy_shards
+from uoe_peft.export.output import appearing_at_once, check_vacant, check_writable, is_vacant, sync
+from uoe_peft.export.rewriting import Copied, Patch, copy_shards
 from uoe_peft.export.saved_adapter import SavedAdapter
 
 
@@ -91,11 +92,13 @@ def merge_checkpoint(
     """
     target = Path(output).absolute()
     check_vacant(target)
-    if backup is not None:
-        check_no_backup(Path(backup))
     saved, checkpoint = SavedAdapter.open(adapter), Checkpoint.open(base, revision=revision)
     model = checkpoint.meta_model(trust_remote_code=trust_remote_code)
     tensors, patches = plan(slice_edits(saved, model), checkpoint, model)
+    if backup is not None:
+        if Path(backup).absolute().is_relative_to(target):
+            raise ValueError(f"backup {backup} lies in output {output}, which it must not go with; name another folder")
+        check_backup(Path(backup), checkpoint, tensors, patches)
     return _write(
         checkpoint,
         target,
@@ -158,21 +161,27 @@ def _write(
     small, left_out = checkpoint.other_files
     left_out = [*left_out, *(shard for shard in checkpoint.shards if shard not in shards)]
     if dry_run:
-        num_bytes = sum(checkpoint.shard(shard).path.stat().st_size for shard in patches)
+        # To know the sizes of the others on the Hub, they would have to be downloaded.
+        counted = [shard for shard in shards if shard in patches or (checkpoint.is_local and not link)]
+        num_bytes = sum(checkpoint.shard(shard).path.stat().st_size for shard in counted)
         return CheckpointEdit(output, tuple(tensors), num_bytes, None, tuple(left_out), None)
     sources = {shard: checkpoint.shard(shard).path for shard in shards}
     num_bytes = sum(path.stat().st_size for shard, path in sources.items() if shard in patches or not link)
-    check_space(output.parent, num_bytes + sum(path.stat().st_size for path in small))
-    originals: Path | None = None
+    beside = sum(path.stat().st_size for path in small)
+    had_backup, originals = False, None
+    if backup is not None:
+        had_backup = (backup / FILE).exists()
+        check_writable(backup)
     try:
-        with appearing_at_once(output) as folder:
+        with appearing_at_once(output, num_bytes=num_bytes + beside) as folder:
             copied = copy_shards(sources, patches, folder, link=link)
             for path in small:
                 shutil.copyfile(path, folder / path.name)
+                sync(folder / path.name)
             if backup is not None:  # in its place before the output is: no merge without a way back
                 originals = write_backup(backup, checkpoint, tensors, merged=folder)
     except BaseException:
-        if originals is not None:
+        if originals is not None and not had_backup and is_vacant(output):
             originals.unlink()
         raise
     return CheckpointEdit(output, tuple(tensors), num_bytes, copied, tuple(left_out), originals)

@@ -1,14 +1,11 @@
-"""A copy of a checkpoint with some bytes of some shards replaced: all of it, or nothing."""
+"""Copies of a checkpoint's shards with some of their bytes replaced."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,50 +45,12 @@ class Copied:
     copied: tuple[str, ...]
 
 
-@contextmanager
-def appearing_at_once(output: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `output` when the block ends without an error, and vanishes otherwise.
-
-    A process that is killed in the block leaves a hidden folder `.<name>.*.partial` beside `output`, nothing else.
-
-    Raises:
-        ValueError: There is something at `output`.
-    """
-    check_vacant(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    try:
-        folder.chmod(0o777 & ~_umask())
-        yield folder
-        _sync(folder)
-        os.replace(folder, output)  # over an empty folder, too
-        _sync(output.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def check_vacant(output: Path) -> None:
-    """Raise ValueError if there is something at `output`; an empty folder is nothing."""
-    if output.is_symlink() or output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ValueError(f"output {output} exists and is not an empty folder; choose another, or remove it")
-
-
-def check_space(folder: Path, num_bytes: int) -> None:
-    """Raise OSError if a disk has not enough room. Args: folder: on the disk; it or a parent of it exists."""
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise OSError(
-            errno.ENOSPC, f"writing needs {num_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", str(folder)
-        )
-
-
 def copy_shards(
     sources: Mapping[str, Path], patches: Mapping[str, Sequence[Patch]], folder: Path, *, link: bool
 ) -> Copied:
-    """Put every shard into a folder: those with patches rewritten and read back, the others linked or copied.
+    """Put every shard into a folder: those with patches rewritten, the others linked or copied.
+
+    Whatever is written is read back and compared by hash.
 
     Args:
         sources: File of each shard.
@@ -114,8 +73,7 @@ def copy_shards(
         elif link and _link(source, target):
             linked.append(shard)
         else:
-            shutil.copyfile(source, target)
-            _sync(target)
+            rewrite(source, target, ())
             copied.append(shard)
     return Copied(rewritten, tuple(linked), tuple(copied))
 
@@ -176,17 +134,3 @@ def _link(source: Path, target: Path) -> bool:
             return False
         raise
     return True
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -18,7 +18,7 @@ from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from torch import Tensor
 
-from uoe_peft.export.tensor_file import TensorFile
+from uoe_peft.checkpoints import TensorFile
 from uoe_peft.tuner import UOEConfig
 
 WEIGHTS = "adapter_model.safetensors"
@@ -156,7 +156,7 @@ def _check_parts(place: tuple[str, str], delta: SavedDelta) -> None:
         raise ValueError(f"the adapter has {sorted(delta.keys.values())} for {'.'.join(place)}: parts are missing")
     for key in delta.keys.values():
         stored = delta.file.tensors[key]
-        if len(stored.shape) != 3 or stored.torch_dtype is None:
+        if len(stored.shape) != 3 or not stored.is_precise:
             raise ValueError(
                 f"{key} has shape {stored.shape} and dtype {stored.dtype}; expected three dimensions, float"
             )

@@ -1,41 +1,19 @@
-"""A checkpoint in safetensors format: which tensors there are, of what size, in which shard; and reading some."""
+"""A checkpoint that is read tensor by tensor: which there are, of what size, in which shard; and reading some."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from safetensors import SafetensorError, safe_open
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-
-# As safetensors names them in its headers.
-_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
-)
+from uoe_peft.checkpoints import INDEX, TensorFile, opened, read_weight_map, shard_path, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -92,7 +70,7 @@ class Checkpoint:
         folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.json", "*.py"]))
         stored = HfApi().get_safetensors_metadata(str(name), revision=revision).files_metadata
         tensors = {
-            tensor: StoredTensor(shard, _dtype(info.dtype, tensor), tuple(info.shape))
+            tensor: StoredTensor(shard, torch_dtype(info.dtype, name=tensor), tuple(info.shape))
             for shard, metadata in stored.items()
             for tensor, info in metadata.tensors.items()
         }
@@ -119,7 +97,7 @@ class Checkpoint:
             found: dict[str, Any] = {}
             for shard, held in by_shard.items():
                 # Read, not mapped: pages of a mapped file would count as the process' memory until it is closed.
-                file = stack.enter_context(_opened(self._path(shard), backend="pread"))
+                file = stack.enter_context(opened(self._path(shard), backend="pread"))
                 found |= {name: file.get_slice(name) for name in held}
             yield found
 
@@ -129,53 +107,15 @@ class Checkpoint:
 
 
 def _local_tensors(folder: Path) -> dict[str, StoredTensor]:
-    weight_map = _weight_map(folder)
+    weight_map = read_weight_map(folder)
     found: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file():
-            raise ValueError(f"{folder} has no {shard}, which its {_INDEX} names; download the checkpoint again")
-        with _opened(folder / shard) as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                part = file.get_slice(name)
-                found[name] = StoredTensor(shard, _dtype(part.get_dtype(), name), tuple(part.get_shape()))
+        for name, stored in TensorFile(shard_path(folder, shard)).tensors.items():
+            found[name] = StoredTensor(shard, torch_dtype(stored.dtype, name=name), stored.shape)
     absent = sorted(name for name, shard in weight_map.items() if name not in found or found[name].shard != shard)
     if absent:
         raise ValueError(
-            f"{_INDEX} of {folder} says that {weight_map[absent[0]]} holds {absent[0]}, which it does not (and "
+            f"{INDEX} of {folder} says that {weight_map[absent[0]]} holds {absent[0]}, which it does not (and "
             f"{len(absent) - 1} more such tensors); download or save the checkpoint again"
         )
     return found
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """The shard of each tensor."""
-    if (folder / _INDEX).is_file():
-        try:
-            return dict(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
-            raise ValueError(f"{folder / _INDEX} cannot be read ({error!r}); download the checkpoint again") from error
-    if (folder / _SINGLE).is_file():
-        with _opened(folder / _SINGLE) as file:
-            return dict.fromkeys(file.keys(), _SINGLE)
-    shards = sorted(path.name for path in folder.glob("*.safetensors"))
-    if shards:
-        raise ValueError(f"{folder} has the shards {shards[:3]} but no {_INDEX}; download or save the checkpoint again")
-    raise ValueError(f"{folder} has no {_SINGLE} and no {_INDEX}: expected a checkpoint in safetensors format")
-
-
-@contextmanager
-def _opened(path: Path, **options: Any) -> Iterator[Any]:
-    try:
-        file = safe_open(path, framework="pt", **options)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); it may have been cut off: download or save it again"
-        ) from error
-    with file:
-        yield file
-
-
-def _dtype(stored: str, name: str) -> torch.dtype:
-    if stored not in _DTYPES:
-        raise ValueError(f"{name} is stored as {stored}; expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[stored]

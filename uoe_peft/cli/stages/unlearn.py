@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from uoe_peft.cli.loading import load_model, load_set, load_tokenizer
 from uoe_peft.cli.options import ColumnOptions, ModelOptions, OverwriteOption
 from uoe_peft.cli.outputs import check_folder
@@ -50,11 +52,11 @@ def run(arguments: Sequence[str]) -> None:
     # The trainer's evaluation takes the LM head's weights themselves, which a streamed model does not hold.
     compared = 0 if options.stream else options.compare_examples
     before = _scores(trainer, compared)
-    with stopping.listening():
-        trainer.train(resume_from_checkpoint=_resumed(training.resume_from_checkpoint))
-    if stopping.asked:
-        words = shlex.join(["uoe-peft", "unlearn", *arguments, "--resume_from_checkpoint", "true"])
-        raise KeyboardInterrupt(f"A checkpoint is in {training.output_dir}; to go on: {words}")
+    try:
+        with stopping.listening():
+            trainer.train(resume_from_checkpoint=_resumed(training.resume_from_checkpoint))
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(_how_to_go_on(str(training.output_dir), arguments)) from interrupt
     trainer.save_model(training.output_dir)
     _say(trainer, before, _scores(trainer, compared))
     if options.stream:
@@ -95,6 +97,14 @@ def _trainer(options: UnlearnArguments, training: UnlearningConfig) -> Unlearnin
         processing_class=load_tokenizer(options.model_name_or_path),
         peft_config=config,
     )
+
+
+def _how_to_go_on(output_dir: str, arguments: Sequence[str]) -> str:
+    checkpoint = get_last_checkpoint(output_dir)
+    if checkpoint is None:
+        return "There is no checkpoint to go on from"
+    words = [*arguments, "--resume_from_checkpoint", "true"]
+    return f"A checkpoint is in {checkpoint}; to go on: {shlex.join(['uoe-peft', 'unlearn', *words])}"
 
 
 def _resumed(word: str | None) -> str | bool | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +15,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_DTYPES = MappingProxyType(
-    {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16},
+# As safetensors names them in its headers.
+_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
 )
+_PRECISE = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
@@ -35,9 +52,9 @@ class StoredTensor:
     stop: int
 
     @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """The floating-point dtype that can be computed with; None for integers and 8-bit floats."""
-        return _DTYPES.get(self.dtype)
+    def is_precise(self) -> bool:
+        """Whether the values can be computed with as they are: floats of at least 16 bits."""
+        return self.dtype in _PRECISE
 
     @property
     def num_rows(self) -> int:
@@ -50,6 +67,21 @@ class StoredTensor:
         return (self.stop - self.start) // max(self.num_rows, 1)
 
 
+def torch_dtype(stored: str, *, name: str) -> torch.dtype:
+    """The dtype that a header names.
+
+    Args:
+        stored: As the header names it: "BF16".
+        name: Of the tensor, for the error.
+
+    Raises:
+        ValueError: PyTorch has none of this name.
+    """
+    if stored not in _DTYPES:
+        raise ValueError(f"{name} is stored as {stored}; expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[stored]
+
+
 class TensorFile:
     """A safetensors file whose tensors are read by rows.
 
@@ -57,19 +89,13 @@ class TensorFile:
         path: The file.
 
     Raises:
-        ValueError: It is cut off, or no safetensors file.
-        FileNotFoundError: It does not exist.
+        ValueError: It is cut off, no safetensors file, or not there.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with safe_open(path, "pt"):  # it checks the header and that the tensors fill the file
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a whole safetensors file ({error}); it may have been cut off: download or save it again"
-            ) from error
+        with opened(path):  # it checks the header and that the tensors fill the file
+            pass
 
     @cached_property
     def _header(self) -> tuple[dict[str, str], dict[str, StoredTensor]]:
@@ -114,16 +140,39 @@ class TensorFile:
         """
         stored = self.tensors[name]
         rows = range(stored.num_rows) if rows is None else rows
-        if stored.torch_dtype is None:
-            raise ValueError(f"{name} in {self.path} is stored as {stored.dtype}; expected one of {', '.join(_DTYPES)}")
+        if not stored.is_precise:
+            raise ValueError(
+                f"{name} in {self.path} is stored as {stored.dtype}; expected one of {', '.join(_PRECISE)}"
+            )
         width = stored.shape[-1]
         if not rows:
-            return torch.empty(0, width, dtype=stored.torch_dtype)
+            return torch.empty(0, width, dtype=_DTYPES[stored.dtype])
         with self.path.open("rb") as file:
             raw = read_bytes(
                 file, stored.start + rows[0] * stored.row_bytes, (rows[-1] - rows[0] + 1) * stored.row_bytes
             )
-        return torch.frombuffer(raw, dtype=stored.torch_dtype).view(-1, width)[:: rows.step]
+        return torch.frombuffer(raw, dtype=_DTYPES[stored.dtype]).view(-1, width)[:: rows.step]
+
+
+@contextmanager
+def opened(path: Path, **options: Any) -> Iterator[Any]:
+    """A safetensors file, opened by the library itself.
+
+    Args:
+        path: The file.
+        **options: Of `safe_open`.
+
+    Raises:
+        ValueError: It is cut off, no safetensors file, or cannot be opened.
+    """
+    try:
+        file = safe_open(path, framework="pt", **options)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); it may have been cut off: download or save it again"
+        ) from error
+    with file:
+        yield file
 
 
 def read_bytes(file: BinaryIO, start: int, size: int) -> bytearray:
@@ -141,4 +190,4 @@ def read_bytes(file: BinaryIO, start: int, size: int) -> bytearray:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor as a file holds them."""
-    return cast(Any, tensor.contiguous().view(torch.uint8).flatten().numpy()).data
+    return cast(Any, tensor.contiguous().flatten().view(torch.uint8).numpy()).data
