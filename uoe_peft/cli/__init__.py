@@ -25,6 +25,7 @@ STAGES = {
     "unmerge": "put the original slices back into such a checkpoint, bit for bit",
     "export": "write an adapter as plain LoRA, which loads without this package",
     "inspect": "say what is in an adapter: layers, experts, ranks, norms, origin",
+    "app": "serve a page that answers a question with forgetting off and on, and shows its routing",
     "plan": "say how much memory and time unlearning takes, from a model's configuration alone",
 }
 
