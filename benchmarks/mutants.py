@@ -40,6 +40,7 @@ import tempfile
 import time
 import tomllib
 import traceback
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -65,6 +66,7 @@ PACKAGE = "uoe_peft"
 OWN = (PACKAGE, "tests", "conftest", "__main__")
 PASSED = 0
 TIME_OVER = (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM)
+STOPPED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
 TIMEOUT = "timeout"
 MEMORY = 12 * 2**30  # address space of a child: a mutant may ask for tensors of any size
 
@@ -112,7 +114,7 @@ class Baseline:
         start: Seconds of the CPU before the first test.
         runs: For each module and line, the tests that run it; and "" for a line that is run while tests are collected.
         loaded: Names of the modules that are loaded afterwards.
-        fingerprint: Of the code and of all tests.
+        fingerprint: Of the code and of all tests, and the names of those that were run.
     """
 
     seconds: dict[str, float]
@@ -281,6 +283,8 @@ def try_pending(target: Target, path: Path, args: MutantsArguments, baseline: Ba
             continue
         limit = math.ceil(4 * (baseline.start + sum(baseline.seconds[test] for test in tests)))
         outcome, output = in_child(call, limit=limit)
+        if outcome in STOPPED:
+            raise KeyboardInterrupt
         verdict = TestOutcome.SURVIVED if outcome == PASSED else TestOutcome.KILLED
         said = TIMEOUT if outcome in TIME_OVER else output
         with use_db(str(path), WorkDB.Mode.open) as database:
@@ -315,7 +319,12 @@ class Loop:
     ) -> Callable[[], int] | None:
         """A way for changes of functions that nothing has called yet: they get their changed code."""
         name = str(mutant.path.resolve())
-        codes = changed_functions(compile(mutant.source, name, "exec"), compile(mutant.changed, name, "exec"))
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of `is` beside a literal
+                changed = compile(mutant.changed, name, "exec")
+        except SyntaxError:
+            return None
+        codes = changed_functions(compile(mutant.source, name, "exec"), changed)
         statement, *_ = scopes(mutant.path, mutant.mutation.start_pos[0], mutant.mutation.end_pos[0])
         called = any("" in baseline.runs[str(mutant.path)].get(line, ()) for line in statement)
         functions = [(function, code) for place, code in (codes or {}).items() for function in self.live[place]]
@@ -380,7 +389,7 @@ def run_unchanged(target: Target, output_dir: Path) -> Baseline:
             path.write_text(json.dumps(asdict(Baseline(watch.seconds, watch.first - started, runs, loaded, current))))
         return status
 
-    current = fingerprint([*target.modules, *sorted(Path("tests").rglob("*.py"))])
+    current = fingerprint([*target.modules, *sorted(Path("tests").rglob("*.py"))]) + " ".join(target.tests)
     if not path.exists() or json.loads(path.read_text())["fingerprint"] != current:
         outcome, output = in_child(measure, limit=3600)
         if outcome != PASSED:
@@ -573,8 +582,15 @@ def report(target: Target, database: Any, equivalent: list[dict[str, str]], outp
 
 def is_equivalent(change: str, known: list[dict[str, str]]) -> bool:
     """Whether `mutants.toml` gives a reason why no test can notice a change."""
-    path, *lines = [line for line in change.split("\n") if line.startswith("+")]
-    return any(entry["module"] in path and re.search(entry["line"], line) for entry in known for line in lines)
+    path, *lines = change.split("\n")[1:]
+    added, removed = ([line[1:] for line in lines if line.startswith(sign)] for sign in "+-")
+    # What stood there before is no change; where lines are taken away alone, these are.
+    return any(
+        entry["module"] in path
+        and any(re.search(entry["line"], line) for line in added or removed)
+        and not (added and any(re.search(entry["line"], line) for line in removed))
+        for entry in known
+    )
 
 
 if __name__ == "__main__":
