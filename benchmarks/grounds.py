@@ -11,11 +11,11 @@ Natural domains (`natural.py`) are learned from scratch: MMLU, WikiText and TOFU
 health are to be forgotten; DIR holds `mmlu`, `wikitext2` and `tofu`. It takes about ten CPU minutes a model, and goes
 on after the last pass over the rows when called again.
 
-In the other two DIR holds TOFU's `full.json`. A small model learns 50 authors from scratch, of whom the last 5 are to be forgotten
-(`tofu_model.py`); or, with `--gguf`, a pretrained language model learns the last 6, of whom 2 are to be forgotten
-(`smollm_moe.py`; GGUF holds SmolLM2-135M, FILE plain text that keeps its language, such as WikiText). The twin learned
-the same rows but for theirs, in as many passes. The domain dial has nothing to act on then, so that one twin serves
-every tau of the same `--cache_dir`.
+In the other two DIR holds TOFU's `full.json`. A small model learns 50 authors from scratch, of whom the last 5 are to
+be forgotten (`tofu_model.py`); or, with `--gguf`, a pretrained language model learns the last 6, of whom 2 are to be
+forgotten (`smollm_moe.py`; GGUF holds SmolLM2-135M, FILE plain text that keeps its language, such as WikiText). The
+twin learned the same rows but for theirs, in as many passes. The domain dial has nothing to act on then, so that one
+twin serves every tau of the same `--cache_dir`.
 """
 
 from __future__ import annotations
