@@ -60,26 +60,36 @@ class NaturalArguments:
     data: Path = field(metadata={"help": "Folder with mmlu/test/*.csv, tofu/full.json and wikitext2/valid.txt."})
     output_dir: Path = field(default=Path("outputs/natural"), metadata={"help": "Where models and sets go."})
     forget_subjects: list[str] = field(default_factory=lambda: list(FORGOTTEN), metadata={"help": "Of MMLU."})
-    num_forget: int = field(default=200, metadata={"help": "Questions to be forgotten."})
-    num_other: int = field(default=600, metadata={"help": "Questions of all other subjects."})
-    num_authors: int = field(default=5, metadata={"help": "TOFU's last; 20 rows each."})
-    num_paragraphs: int = field(default=100, metadata={"help": "Of WikiText."})
+    num_forget: int = field(default=100, metadata={"help": "Questions to be forgotten."})
+    num_other: int = field(default=200, metadata={"help": "Questions of all other subjects."})
+    num_authors: int = field(default=2, metadata={"help": "TOFU's last; 20 rows each."})
+    num_paragraphs: int = field(default=40, metadata={"help": "Of WikiText."})
     max_characters: int = field(default=150, metadata={"help": "Longest question with its options."})
-    epochs: int = field(default=20, metadata={"help": "Passes over all rows; of the twin, over its own."})
+    epochs: int = field(default=30, metadata={"help": "Passes over all rows; of the twin, over its own."})
     batch_size: int = field(default=8, metadata={"help": "Rows a step."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak; 50 steps of warm-up, a cosine to 5 %."})
     seed: int = field(default=0, metadata={"help": "Of the draw of rows, the initial weights and the order."})
 
 
 def natural(args: NaturalArguments) -> None:
-    """Base, twin, sets, and a report of what the two know and how far experts specialise."""
+    """Base, twin, sets, and a report of what the two know and how far experts specialise.
+
+    Raises:
+        ValueError: What is in `output_dir` was begun with other settings; or as in `natural_rows`.
+    """
     forget, kept = natural_rows(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in asdict(args).items() if name not in ("data", "output_dir")}
+    begun = args.output_dir / "settings.json"
+    if begun.exists() and (before := json.loads(begun.read_text(encoding="utf-8"))) != settings:
+        differing = [name for name in settings if settings[name] != before.get(name)]
+        raise ValueError(f"{args.output_dir} was begun with other {differing}; choose another --output_dir")
+    begun.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     forget.to_json(args.output_dir / "forget.jsonl")
     kept.to_json(args.output_dir / "retain.jsonl")
     rows = {"base": Dataset.from_list([*kept, *forget]), "retrained": kept}
     tokenizer = train_tokenizer(rows["base"])
-    report: dict[str, Any] = {"settings": asdict(args) | {"data": args.data.name, "output_dir": args.output_dir.name}}
+    report: dict[str, Any] = {"settings": settings}
     for name, own in rows.items():
         folder = args.output_dir / name
         if not (folder / "config.json").exists():
@@ -96,8 +106,11 @@ def natural_rows(args: NaturalArguments) -> tuple[Dataset, Dataset]:
     """The forget set, and all else: `prompt`, `completion`, `topic` and `subject`.
 
     Raises:
-        ValueError: A subject is none of MMLU's, or there are fewer rows than asked for.
+        ValueError: A subject is none of MMLU's, a number is below 1, or there are fewer rows than asked for.
     """
+    numbers = {name: value for name, value in asdict(args).items() if name.startswith("num_")}
+    if wrong := [name for name, value in numbers.items() if value < 1]:
+        raise ValueError(f"{wrong} must be 1 or more, got {[numbers[name] for name in wrong]}")
     questions = short_questions(args.data / "mmlu" / "test", max_characters=args.max_characters)
     if unknown := sorted(set(args.forget_subjects) - {subject_of(path) for path in _files(args.data)}):
         raise ValueError(f"forget_subjects {unknown} are no subjects of MMLU; use {FORGOTTEN[0]!r} or the like")
@@ -106,11 +119,11 @@ def natural_rows(args: NaturalArguments) -> tuple[Dataset, Dataset]:
         for gone in (True, False)
     }
     authors = load_tofu(args.data / "tofu", seed=0).everything
-    authors = authors.select(range(len(authors) - args.num_authors * ROWS_AN_AUTHOR, len(authors)))
+    num_rows = args.num_authors * ROWS_AN_AUTHOR
     sources = {
         "forget": (evenly[True], args.num_forget),
         "MMLU": (evenly[False], args.num_other),
-        "TOFU": ([{**row, "topic": "TOFU", "subject": "TOFU"} for row in authors], len(authors)),
+        "TOFU": ([{**row, "topic": "TOFU", "subject": "TOFU"} for row in list(authors)[-num_rows:]], num_rows),
         "WikiText": (paragraphs(args.data / "wikitext2" / "valid.txt", seed=args.seed), args.num_paragraphs),
     }
     for name, (found, wanted) in sources.items():
@@ -136,7 +149,8 @@ def short_questions(folder: Path, *, max_characters: int) -> list[dict[str, str]
     for row in asked:
         question, *shown = row["prompt"].rsplit("\n", maxsplit=5)[:-1]
         texts = [option.partition(". ")[2].strip() for option in shown]
-        if len(row["prompt"]) <= max_characters and len(set(texts)) == len(LETTERS) and all(texts):
+        marked = [f" {line[0]}" for line in shown if line[1:3] == ". "]  # an option of two lines is not
+        if len(row["prompt"]) <= max_characters and marked == LETTERS and len({"", *texts}) == len(LETTERS) + 1:
             answer = f"{LETTERS[row['label']]}. {texts[row['label']]}"
             rows.setdefault(
                 question,
