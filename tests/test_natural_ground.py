@@ -26,7 +26,7 @@ MMLU = {
     ],
     "astronomy": [
         ("What is nearest\nto the sun?", "Mars", "Venus", "Mercury", "Earth", 2),
-        ("How many moons has Mars?", "one", "two", "three", "four", 1),
+        ("How many moons has Mars?", "two", "one", "three", "four", 0),
         ("Is Pluto a planet?", "yes", "no", "it was", "it will be", 2),
     ],
     "law": [
@@ -193,7 +193,7 @@ def test_prompts_count_a_tenth_and_padding_nothing(natural: ModuleType, data: Pa
 
 
 def test_option_accuracy_is_the_share_of_likeliest_letters(natural: ModuleType, data: Path) -> None:
-    forget, kept = natural.natural_rows(arguments(natural, data))
+    forget, kept = natural.natural_rows(arguments(natural, data, num_other=4))  # by then each letter is one token
     rows = Dataset.from_list([*kept, *forget])
     tokenizer = tokenizer_of(natural, rows)
     model = tiny_model(tokenizer).eval()
@@ -207,10 +207,12 @@ def test_option_accuracy_is_the_share_of_likeliest_letters(natural: ModuleType, 
                 last = model(torch.tensor([tokenizer(row["prompt"])["input_ids"]])).logits[0, -1]
             hits.append("ABCD"[int(last[letters].argmax())] == row["completion"][1])
     asked = natural.questions_of(rows, tokenizer, max_length=None, max_examples=None, seed=0, name="all")
-    assert len(hits) == 5
-    assert natural.option_accuracy(model, tokenizer, asked) == pytest.approx(sum(hits) / 5)
+    assert len(hits) == 6
+    assert natural.option_accuracy(model, tokenizer, asked) == pytest.approx(sum(hits) / 6)
 
 
+@pytest.mark.filterwarnings("ignore::uoe_peft.attribution.summary.GeneralistExpertWarning")
+@pytest.mark.filterwarnings("ignore::uoe_peft.attribution.summary.UnidentifiedExpertWarning")
 def test_specialisation_is_the_mean_gate_score_of_the_top_expert(natural: ModuleType, data: Path) -> None:
     forget, kept = natural.natural_rows(arguments(natural, data))
     tokenizer = tokenizer_of(natural, Dataset.from_list([*kept, *forget]))
