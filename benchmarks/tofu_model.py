@@ -137,20 +137,11 @@ def tofu_model(
 
 def learn(model: Any, examples: list[Any], tokenizer: Any, *, epochs: int, tau: float | None) -> None:
     """The training of `tofu.py` with the domain dial; smaller batches and a higher rate need fewer passes."""
-    peak = 3e-3 if tau is None else 1.5e-3
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    peak, optimizer = 3e-3 if tau is None else 1.5e-3, adamw(model)
     steps = [batch for _ in range(epochs) for batch in shuffled_batches(examples, batch_size=8)]
     with record_routing(model) as trace:
         for step, rows in enumerate(bar := tqdm(steps, desc=f"TOFU, tau {tau}", unit="step", mininterval=10)):
-            cosine = (1 + math.cos(math.pi * step / len(steps))) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = peak * min(1, (step + 1) / 50) * (0.05 + 0.95 * cosine)
+            set_rate(optimizer, step, len(steps), peak=peak)
             batch = collate(rows, pad_token_id=tokenizer.pad_token_id)
             loss = model(**batch).loss
             in_domain = batch["attention_mask"].bool() & torch.tensor([[row["in_domain"]] for row in rows])
@@ -161,6 +152,24 @@ def learn(model: Any, examples: list[Any], tokenizer: Any, *, epochs: int, tau: 
             optimizer.step()
             optimizer.zero_grad()
             bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+    """The optimiser of all small models: weight decay on matrices alone."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, *, peak: float) -> None:
+    """The learning rate of a step: 50 steps of warm-up, and a cosine to 5 %."""
+    cosine = (1 + math.cos(math.pi * step / steps)) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = peak * min(1, (step + 1) / 50) * (0.05 + 0.95 * cosine)
 
 
 def domain_penalty(scores: list[torch.Tensor], in_domain: torch.Tensor, tau: float) -> torch.Tensor:
