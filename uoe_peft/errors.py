@@ -3,3 +3,7 @@
 
 class UnsupportedModelError(ValueError):
     """The model has no Mixture-of-Experts block that this package knows how to read or edit."""
+
+
+class NotApplicableError(TypeError, ValueError):
+    """An attack needs something that the model does not have, such as an adapter."""

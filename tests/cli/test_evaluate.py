@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from uoe_peft.cli import main
-from uoe_peft.cli.stages.evaluate import EvaluateArguments, attacks_of, split_off, suite_of
+from uoe_peft.cli.stages.evaluate import EvaluateArguments, attacks_of, base_of, split_off, suite_of
 from uoe_peft.cli.stages.report import load_reports
 from uoe_peft.evaluation import UnlearningReport
 from uoe_peft.testbed import TOPICS, checkpoint_path, load_facts
@@ -80,7 +81,7 @@ def test_rows_set_aside_are_not_evaluated(tmp_path: Path) -> None:
     options.write_text("relearning: {learning_rate: 0.5}\n")
     asked = arguments(attacks=["relearning", "paraphrase"], attack_options=str(options), attack_rows=30)
     attacks, rest = attacks_of(asked, suite, tokenizer="t")
-    relearning, paraphrase = (attack.keywords for attack in attacks)  # type: ignore[attr-defined]
+    relearning, paraphrase = (attack.keywords for attack in attacks.values())  # type: ignore[attr-defined]
     assert relearning["learning_rate"] == 0.5
     assert paraphrase == {"column": "paraphrased_prompt"}
     used, left = set(relearning["dataset"]["prompt"]), set(rest.sets[0].rows["prompt"])
@@ -90,6 +91,48 @@ def test_rows_set_aside_are_not_evaluated(tmp_path: Path) -> None:
         attacks_of(arguments(attacks=["int8"], attack_options=str(options)), suite, tokenizer="t")
     with pytest.raises(ValueError, match="the forget set has 200 rows, of which 200"):
         split_off(suite, 200, seed=0)
+
+
+def test_relearning_on_further_sets(sets: dict[str, str]) -> None:
+    asked = arguments(
+        suite="testbed", attacks=["relearning", "int8"], relearning_datasets=[f"other={sets['retain_dataset']}"]
+    )
+    attacks, _ = attacks_of(asked, suite_of(asked), tokenizer="t")
+    assert list(attacks) == ["relearning", "int8", "relearning, other"]
+    other, own = (attacks[name].keywords["dataset"] for name in ("relearning, other", "relearning"))  # type: ignore[attr-defined]
+    assert other["topic"] == Dataset.from_json(sets["retain_dataset"])["topic"]
+    assert set(own["topic"]) == {"potions"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attacks": ["int8", "bribery"]}, r"no attacks \['bribery'\]; there are relearning.*scale_sweep"),
+        ({"attacks": ["relearning"], "relearning_datasets": ["a.jsonl"]}, "takes NAME=FILE.*got 'a.jsonl'"),
+        ({"attacks": ["int8"], "relearning_datasets": ["a=b"]}, "are for the attack relearning"),
+    ],
+)
+def test_attacks_that_cannot_be_are_named(options: dict[str, Any], message: str) -> None:
+    asked = arguments(suite="testbed", **options)
+    with pytest.raises(ValueError, match=message):
+        attacks_of(asked, suite_of(asked), tokenizer="t")
+
+
+def test_a_model_trained_in_full_stands_beside_its_base(adapter: Path, sets: dict[str, str], tmp_path: Path) -> None:
+    """The twin in the place of a model that was trained to forget: it knows none of the forget rows."""
+    flags = [f"--{name}={value}" for name, value in sets.items()]
+    flags += ["--unlearned_model", str(checkpoint_path("retrained")), "--dtype", "float32", "--max_new_tokens", "6"]
+    flags += ["--attacks", "int8", "scale_sweep", "--attack_examples", "2", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(["evaluate", *flags])  # which base?
+    main(["evaluate", *flags, "--model_name_or_path", str(checkpoint_path("base"))])
+    report = UnlearningReport.load(tmp_path / "out" / "report.json")
+    assert report.scores["base"]["forget"].probability > 0.9 > 0.1 > report.scores["unlearned"]["forget"].probability
+    assert [run.result.name for run in report.attacks] == ["int8"]
+    assert any("scale_sweep needs a PeftModel" in note for note in report.notes)
+    for wrong in ({"unlearned_model": "m"}, {"adapter": None}):
+        with pytest.raises(ValueError, match="pass either --adapter, or --unlearned_model"):
+            base_of(replace(arguments(), **wrong))
 
 
 def test_reports_that_are_none_are_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerFast, Qwen2MoeForCausalLM
 
 from tests.evaluation.conftest import new_model, teach
@@ -24,7 +25,8 @@ from uoe_peft.evaluation import (
     evaluate_unlearning,
     plain_suite,
 )
-from uoe_peft.evaluation.attacks import AttackResult, Score, Scores
+from uoe_peft.evaluation.attacks import AttackResult, Score, Scores, run_attack
+from uoe_peft.tuner import UOEConfig
 
 
 @pytest.fixture
@@ -192,12 +194,6 @@ def nll_of(model: Any, tokenizer: PreTrainedTokenizerFast, prompt: str, answer: 
 def test_tofu_metrics_equal_an_independent_computation(
     taught_model: Qwen2MoeForCausalLM, sets: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    from copy import deepcopy
-
-    from peft import get_peft_model
-
-    from uoe_peft.tuner import UOEConfig
-
     model = get_peft_model(deepcopy(taught_model), UOEConfig(target_experts=[(1, 2), (0, 4)]))
     for name, parameter in model.named_parameters():
         if ".uoe_" in name:
@@ -313,6 +309,63 @@ def test_attacks_are_run_at_both_strengths_and_on_the_reference(
     assert list(report.scores) == ["base", "unlearned", "calibrated", "retrained"]
 
 
+def without_an_expert(model: Qwen2MoeForCausalLM) -> Qwen2MoeForCausalLM:
+    """A copy whose layer 1 has no routed experts that say anything: one stacked tensor differs."""
+    edited = deepcopy(model)
+    with torch.no_grad():
+        edited.model.layers[1].mlp.experts.down_proj.zero_()
+    return edited
+
+
+def test_a_model_trained_in_full_stands_beside_its_base(
+    taught_model: Qwen2MoeForCausalLM, scrambled: PeftModel, sets: dict[str, Any]
+) -> None:
+    def attack(model: Any, *, score: Score, before: Scores | None) -> AttackResult:
+        assert before is not None
+        return AttackResult("mine", before, {name: value / 2 for name, value in before.items()})
+
+    edited = without_an_expert(taught_model)
+    attacks = {"halved": attack, "swept": partial(run_attack, "scale_sweep")}
+    report = evaluate_unlearning(edited, base_model=taught_model, attacks=attacks, **sets)
+    with_adapter = evaluate_unlearning(scrambled, **sets)
+    assert report.scores["base"] == with_adapter.scores["base"]
+    assert report.scores["unlearned"]["retain"].probability < report.scores["base"]["retain"].probability
+    assert report.cost["adapter_parameters"] == edited.model.layers[1].mlp.experts.down_proj.numel()
+    assert {shift.jaccard for shift in report.routing} == {1.0}  # nothing is routed after what was edited
+    assert report.settings["adapter"] is None
+    assert [(run.model, run.result.name) for run in report.attacks] == [("unlearned", "halved")]
+    assert report.notes[0].startswith("not run on the unlearned model: scale_sweep needs a PeftModel")
+
+
+def test_what_is_wrong_with_an_attack_is_not_a_note(scrambled: PeftModel, sets: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="prefixes must be non-empty"):
+        evaluate_unlearning(scrambled, **sets, attacks=[partial(run_attack, "prefix", prefixes=[])])
+
+
+def test_a_base_that_is_none_is_refused(
+    taught_model: Qwen2MoeForCausalLM, scrambled: PeftModel, sets: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    longer = new_model(tokenizer)
+    longer.resize_token_embeddings(len(tokenizer) + 3)
+    chosen = Calibration(0.25, "retain", "retain_probability", 0.5, ({"scale": 0.25},), True)
+    for model, options, message in [
+        (scrambled, {"base_model": taught_model}, "model has an adapter.*leave base_model out"),
+        (taught_model, {"base_model": taught_model}, "base_model must be another model"),
+        (new_model(tokenizer), {"base_model": taught_model, "calibration": chosen}, "has no adapter"),
+        (taught_model, {"base_model": longer}, "the base model has a vocabulary of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            evaluate_unlearning(model, **sets, **options)  # type: ignore[arg-type]
+
+
+def test_logits_that_are_no_numbers_are_named(scrambled: PeftModel, sets: dict[str, Any]) -> None:
+    for name, parameter in scrambled.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, math.nan)
+    with pytest.raises(ValueError, match=r"unlearned, forget set: probability.*logits.*not finite"):
+        evaluate_unlearning(scrambled, **sets)
+
+
 def test_a_report_is_written_with_its_examples(scrambled: PeftModel, sets: dict[str, Any], tmp_path: Path) -> None:
     report = evaluate_unlearning(scrambled, **sets, cache_dir=tmp_path / "answers")
     files = report.write(tmp_path / "out")
@@ -329,10 +382,13 @@ def test_sets_that_do_not_fit_are_named(
     scrambled: PeftModel, sets: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     named = sets["forget_dataset"].add_column("topic", ["a", "", "b"])
+    asked: list[object] = []
+    scrambled.register_forward_pre_hook(lambda *args: asked.append(args))
     with pytest.raises(ValueError, match="row 1 of the forget set has no 'topic' to score by"):
         evaluate_unlearning(
             scrambled, plain_suite(named, sets["retain_dataset"], by=("topic",)), processing_class=tokenizer
         )
+    assert not asked  # what is wrong with the rows is said before hours of asking
     with pytest.raises(ValueError, match="either a suite, or forget_dataset and retain_dataset"):
         evaluate_unlearning(scrambled, processing_class=tokenizer)
     with pytest.raises(ValueError, match="pass both"):

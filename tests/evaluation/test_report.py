@@ -17,8 +17,7 @@ from uoe_peft.evaluation import AnswerScores, AttackRun, Calibration, Unlearning
 from uoe_peft.evaluation.attacks import AttackResult
 from uoe_peft.evaluation.evidence import LayerShift
 from uoe_peft.evaluation.metrics import Interval
-from uoe_peft.evaluation.report.markdown import side_by_side
-from uoe_peft.evaluation.report.page import render_comparison
+from uoe_peft.evaluation.report.comparison import render_comparison, side_by_side
 
 REPORT = UnlearningReport(
     scores={
@@ -183,6 +182,40 @@ def test_reports_side_by_side() -> None:
         side_by_side({"one": FULL, "two": replace(FULL, roles={"forget": "forget", "kept": "retain"})})
     with pytest.raises(ValueError, match="no reports"):
         side_by_side({})
+
+
+def attacked(after: float, *, twin: float | None = None, rate: float = 2e-4) -> UnlearningReport:
+    before, runs = {"forget_rouge": 0.05, "retain_rouge": 0.97}, []
+    for model, value in (("unlearned", after), ("retrained", twin)):
+        if value is not None:
+            result = AttackResult(
+                "relearning", before, {"forget_rouge": value, "retain_rouge": 0.9}, settings={"learning_rate": rate}
+            )
+            runs.append(AttackRun(model, 1.0, result))  # type: ignore[arg-type]
+    curve = ({"scale": 1.0, **before}, {"scale": 0.0, "forget_rouge": 1.0, "retain_rouge": 1.0})
+    runs.append(AttackRun("unlearned", 1.0, AttackResult("scale_sweep", before, curve[-1], curve)))
+    return replace(FULL, attacks=tuple(runs))
+
+
+def test_attacks_side_by_side() -> None:
+    reports = {"expert": attacked(0.42, twin=0.06), "lora": attacked(0.11)}
+    lines = side_by_side(reports).splitlines()
+    assert "| forget / retain after | expert | lora | retrained |" in lines
+    assert "| none | 0.05 / 0.97 | 0.05 / 0.97 | 0.05 / 0.97 |" in lines
+    assert "| relearning | 0.42 / 0.90 | 0.11 / 0.90 | 0.06 / 0.90 |" in lines
+    sweep = "scale 1: 0.05 / 0.97, scale 0: 1.00 / 1.00"
+    assert f"| scale_sweep | {sweep} | {sweep} | - |" in lines
+    page = render_comparison(reports, title="t")
+    assert page.count("0.05 → 0.42") == 1
+    assert "0.05 → 1.00" not in page  # a sweep is no bar: it ends at the base
+    assert "do not compare" not in page
+    unequal = side_by_side(reports | {"full": attacked(0.2, rate=1e-3)})
+    assert "relearning: not the same budget for expert and full; these do not compare." in unequal
+
+
+def test_the_way_of_an_attack_is_shown() -> None:
+    assert "scale 1: 0.050, scale 0: 1.000" in attacked(0.4).markdown()
+    assert "scale 1: 0.050, scale 0: 1.000" in attacked(0.4).html()
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")

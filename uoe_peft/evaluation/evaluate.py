@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
-from typing import Any, Protocol
+from typing import Any, cast
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from uoe_peft.data.tokenization import text_tokenizer
-from uoe_peft.evaluation.attacks.result import AttackResult, Score, Scores
+from uoe_peft.evaluation.attacking import Attacks, attack_all
 from uoe_peft.evaluation.calibration import Calibration
-from uoe_peft.evaluation.evidence import CostClock, adapter_cost, has_routed_experts, routing_shifts
+from uoe_peft.evaluation.evidence import CostClock, adapter_cost, changed_cost, has_routed_experts, routing_shifts
 from uoe_peft.evaluation.evidence.settings import settings_of
 from uoe_peft.evaluation.likelihood import vocab_size
 from uoe_peft.evaluation.measure import AnyModel, Asked, Asking, Measured, fluency, measure
 from uoe_peft.evaluation.questions import Choices, choices_of, questions_of, sample
-from uoe_peft.evaluation.report import MODELS, AttackRun, ModelName, UnlearningReport
+from uoe_peft.evaluation.report import AttackRun, ModelName, UnlearningReport
 from uoe_peft.evaluation.report.summary import (
     answer_scores,
+    check_values,
     example_table,
     fluency_metrics,
     model_metrics,
@@ -32,28 +31,21 @@ from uoe_peft.evaluation.report.summary import (
 from uoe_peft.evaluation.score import SuiteScore
 from uoe_peft.evaluation.suites import QuestionSet, Suite, plain_suite
 from uoe_peft.evaluation.suites.suite import OPTIONS
-from uoe_peft.evaluation.switching import adapter_off, answering, scaled
+from uoe_peft.evaluation.switching import before_unlearning, scaled
 from uoe_peft.moe.passes import find_streamed
 from uoe_peft.precision import say_if_slow
 
 
-class Attack(Protocol):
-    """What can be passed as an attack: `functools.partial(run_attack, "int4")` is one."""
-
-    def __call__(self, model: Any, *, score: Score, before: Scores | None) -> AttackResult:
-        """Attack a model; see `uoe_peft.evaluation.attacks`."""
-        ...
-
-
 def evaluate_unlearning(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     suite: Suite | None = None,
     *,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     forget_dataset: Dataset | IterableDataset | None = None,
     retain_dataset: Dataset | IterableDataset | None = None,
+    base_model: PreTrainedModel | None = None,
     retrained_model: PreTrainedModel | PeftModel | None = None,
-    attacks: Sequence[Attack] = (),
+    attacks: Attacks = (),
     attack_examples: int = 40,
     calibration: Calibration | None = None,
     max_examples: int | None = None,
@@ -70,15 +62,17 @@ def evaluate_unlearning(
     only hidden. Every parameter requires a gradient or not afterwards as before.
 
     Args:
-        model: A `PeftModel` whose adapter is the unlearning.
+        model: A `PeftModel` whose adapter is the unlearning; or, with `base_model`, a model trained in full.
         suite: What is asked; or pass `forget_dataset` and `retain_dataset`.
         processing_class: The model's tokenizer, or a processor that holds one.
         forget_dataset: What should be forgotten, in any type that training reads. Rows of plain text have no prompt to
             answer: they get no ROUGE-L, and a note says so.
         retain_dataset: What should be kept, likewise.
+        base_model: What a model without an adapter was before it forgot; a `PeftModel` brings its own.
         retrained_model: A model trained without the forget set, the gold reference; it reads the same tokens.
-        attacks: Run on the unlearned model at full strength, at the scale of `calibration`, and on the retrained model,
-            where they apply: what they "recover" there is the baseline.
+        attacks: Run on the unlearned model at full strength, at the scale of `calibration`, and on the retrained model:
+            what they "recover" there is the baseline. One that needs what a model lacks, such as an adapter, is left
+            out with a note. The keys of a mapping name them in the report.
         attack_examples: Rows of the first forget and of the first retain set that attacks are scored on.
         calibration: What `calibrate_scale` chose, on other rows than these: shown with its curve, and the model at
             this scale is evaluated as "calibrated".
@@ -93,16 +87,17 @@ def evaluate_unlearning(
         The scores of "base", "unlearned" and, where given, "calibrated" and "retrained", with all else in the report.
 
     Raises:
-        TypeError: `model` has no adapter to switch off, or a set is no `Dataset`.
-        ValueError: Both or neither of suite and sets; the adapter is switched off or merged already; a set is empty,
-            has no usable columns or answers, or no value in a column to score by; `max_examples`, `batch_size` or
-            `max_new_tokens` is below 1; the retrained model has another vocabulary; logits are not finite.
+        TypeError: `model` has no adapter to switch off and `base_model` is missing, or a set is no `Dataset`.
+        ValueError: Both or neither of suite and sets; the adapter is switched off or merged already; `base_model` with
+            an adapter, or `calibration` without one; a set is empty, has no usable columns or answers, or no value in
+            a column to score by; `max_examples`, `batch_size` or `max_new_tokens` is below 1; base or retrained model
+            has another vocabulary; logits are not finite.
         ImportError: A package of the extra "eval" is missing.
     """
     clock = CostClock()
-    _check(
-        model, retrained_model, batch_size=batch_size, max_new_tokens=max_new_tokens, attack_examples=attack_examples
-    )
+    _check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens, attack_examples=attack_examples)
+    _check(model, base_model, calibration)
+    _check_vocabularies(model, {"base": base_model, "retrained": retrained_model})
     say_if_slow(model)
     suite = _suite(suite, forget_dataset, retain_dataset)
     asking = Asking(text_tokenizer(processing_class), batch_size, max_new_tokens, cache_dir)
@@ -110,11 +105,14 @@ def evaluate_unlearning(
         part.name: sample(part.rows, max_examples=max_examples, seed=seed, name=part.name) for part in suite.sets
     }
     sets = {part.name: _ask(sampled[part.name], part, asking, max_length=max_length) for part in suite.sets}
-    results = _measure_all(model, retrained_model, sets, asking, calibration)
+    for part in suite.sets:
+        check_values(part, sets[part.name])
+    results = _measure_all(model, base_model, retrained_model, sets, asking, calibration)
     notes = [asked.note for asked in sets.values() if not isinstance(asked, Choices) and asked.note]
     metrics = model_metrics(results, suite)
-    for name, own in _fluency(model, results, suite, sets, asking).items():
-        metrics[name] |= own
+    with before_unlearning(model, base_model) as judge:
+        for name, own in _fluency(judge, results, suite, sets, asking).items():
+            metrics[name] |= own
     runs: list[AttackRun] = []
     if attacks:
         score = SuiteScore(
@@ -126,12 +124,13 @@ def evaluate_unlearning(
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
-        runs, refused = _attack_all(model, retrained_model, attacks, score, calibration)
+        runs, refused = attack_all(model, retrained_model, attacks, score, calibration=calibration)
         notes += refused
     if find_streamed(model) is not None:
         notes.append("the model was streamed from disk: no answers were generated, and routing was not compared")
     elif not results["base"].routing:
-        notes.append(f"{type(model.get_base_model()).__name__} has no routed experts: there is no routing to compare")
+        called = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+        notes.append(f"{called} has no routed experts: there is no routing to compare")
     return UnlearningReport(
         scores={
             name: {part.name: answer_scores(measured.rows[part.name], part) for part in suite.sets}
@@ -145,7 +144,7 @@ def evaluate_unlearning(
         calibration=calibration,
         roles={part.name: part.role for part in suite.sets},
         settings=settings_of(model, suite, sets, asking, max_length=max_length, max_examples=max_examples, seed=seed),
-        cost=adapter_cost(model) | clock.read(),
+        cost=_cost(model, base_model) | clock.read(),
         examples=example_table(results, suite, sets, _prompt_texts(sets, asking.tokenizer)),
     )
 
@@ -169,7 +168,8 @@ def _ask(rows: Dataset, part: QuestionSet, asking: Asking, *, max_length: int | 
 
 
 def _measure_all(
-    model: PeftModel,
+    model: AnyModel,
+    base_model: PreTrainedModel | None,
     retrained_model: AnyModel | None,
     sets: Mapping[str, Asked],
     asking: Asking,
@@ -177,34 +177,30 @@ def _measure_all(
 ) -> dict[ModelName, Measured]:
     # Routing is read after a pass, when a streamed model has gone on to the next layer.
     num_experts = {} if find_streamed(model) is not None else has_routed_experts(model)
-    states: dict[ModelName, Callable[[], AbstractContextManager[Any]]] = {
-        "base": lambda: adapter_off(model),
-        "unlearned": nullcontext,
-    }
-    if calibration is not None and calibration.scale not in (None, 1.0):
-        scale = calibration.scale
-        states["calibrated"] = lambda: scaled(model, scale)
+    scale = None if calibration is None else calibration.scale
     results: dict[ModelName, Measured] = {}
-    for name, state in states.items():
-        watched = num_experts if name in ("base", "unlearned") else {}
-        with state():
-            results[name] = measure(model, sets, asking, called=name, num_experts=watched)
+    with before_unlearning(model, base_model) as base:
+        results["base"] = measure(base, sets, asking, called="base", num_experts=num_experts)
+    results["unlearned"] = measure(model, sets, asking, called="unlearned", num_experts=num_experts)
+    if scale not in (None, 1.0):
+        with scaled(model, scale):
+            results["calibrated"] = measure(model, sets, asking, called="calibrated", num_experts={})
     if retrained_model is not None:
         results["retrained"] = measure(retrained_model, sets, asking, called="retrained", num_experts={})
-    return {name: results[name] for name in MODELS if name in results}
+    return results
 
 
 def _fluency(
-    model: PeftModel,
+    judge: AnyModel,
     results: Mapping[ModelName, Measured],
     suite: Suite,
     sets: Mapping[str, Asked],
     asking: Asking,
 ) -> dict[ModelName, dict[str, float]]:
-    """By model; empty where the first forget or retain set has nothing to answer, or nothing was said."""
+    """By model, as the base judges it; empty where the first forget or retain set got no answers."""
     roles = {role: suite.of_role(role)[0].name for role in ("forget", "retain")}
     asked = {role: sets[name] for role, name in roles.items()}
-    nothing_said = find_streamed(model) is not None
+    nothing_said = find_streamed(judge) is not None
     if nothing_said or any(isinstance(own, Choices) or not own.prompts for own in asked.values()):
         return {}
     truth = [text for questions in asked.values() for text in questions.references]  # type: ignore[union-attr]
@@ -214,8 +210,7 @@ def _fluency(
     }
     said = [row["answer"] for rows in answered.values() for part in rows.values() for row in part]
     distinct = list(dict.fromkeys([*truth, *said]))  # models agree on much: nothing is read twice
-    with adapter_off(model), answering(model):
-        read = dict(zip(distinct, fluency(model, distinct, asking, desc="fluency of what was said"), strict=True))
+    read = dict(zip(distinct, fluency(judge, distinct, asking, desc="fluency of what was said"), strict=True))
     return {
         name: fluency_metrics(
             {role: [read[row["answer"]] for row in part] for role, part in rows.items()},
@@ -226,31 +221,10 @@ def _fluency(
     }
 
 
-def _attack_all(
-    model: PeftModel,
-    retrained_model: AnyModel | None,
-    attacks: Sequence[Attack],
-    score: SuiteScore,
-    calibration: Calibration | None,
-) -> tuple[list[AttackRun], list[str]]:
-    """What the attacks report, and notes on those that do not apply to the retrained model."""
-    runs: list[AttackRun] = []
-    notes = []
-    scales: dict[ModelName, float] = {"unlearned": 1.0}
-    if calibration is not None and calibration.scale is not None and 0 < calibration.scale < 1:
-        scales["calibrated"] = calibration.scale
-    for name, scale in scales.items():
-        with scaled(model, scale) if scale != 1 else nullcontext():
-            before = score(model)
-            runs += [AttackRun(name, scale, attack(model, score=score, before=before)) for attack in attacks]
-    if retrained_model is not None:
-        before = score(retrained_model)
-        for attack in attacks:
-            try:
-                runs.append(AttackRun("retrained", 1.0, attack(retrained_model, score=score, before=before)))
-            except (TypeError, ValueError) as error:  # such as: it has no adapter to give back
-                notes.append(f"not run on the retrained model: {error}")
-    return runs, notes
+def _cost(model: AnyModel, base_model: PreTrainedModel | None) -> dict[str, float]:
+    return (
+        adapter_cost(model) if isinstance(model, PeftModel) else changed_cost(model, cast(PreTrainedModel, base_model))
+    )
 
 
 def _prompt_texts(sets: Mapping[str, Asked], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
@@ -265,12 +239,20 @@ def _prompt_texts(sets: Mapping[str, Asked], tokenizer: PreTrainedTokenizerBase)
     return texts
 
 
-def _check(model: object, retrained_model: nn.Module | None, **counts: int) -> None:
+def _check(model: Any, base_model: AnyModel | None, calibration: Calibration | None) -> None:
     if not isinstance(model, PeftModel):
-        raise TypeError(
-            f"model must be a PeftModel, whose adapter can be switched off, got {type(model).__name__}; "
-            "use get_peft_model, PeftModel.from_pretrained or a trainer's model"
-        )
+        if base_model is None:
+            raise TypeError(
+                f"model must be a PeftModel, whose adapter can be switched off, got {type(model).__name__}; use "
+                "get_peft_model, PeftModel.from_pretrained or a trainer's model, or pass base_model, what it was before"
+            )
+        if base_model is model or has_routed_experts(base_model) != has_routed_experts(model):
+            raise ValueError("base_model must be another model, of the same architecture: what model was before")
+        if calibration is not None:
+            raise ValueError(f"calibration is of an adapter's scale, and {type(model).__name__} has no adapter")
+        return
+    if base_model is not None:
+        raise ValueError("model has an adapter, and its base is what it is without; leave base_model out")
     status = model.get_model_status()
     if status.merged_adapters:
         raise ValueError(
@@ -279,13 +261,19 @@ def _check(model: object, retrained_model: nn.Module | None, **counts: int) -> N
         )
     if status.enabled is False:
         raise ValueError("the adapter is switched off, so base and unlearned would be the same model; enable it first")
+
+
+def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if retrained_model is not None:
-        sizes = [vocab_size(other) for other in (model, retrained_model)]
-        if sizes[0] != sizes[1]:
+
+
+def _check_vocabularies(model: AnyModel, others: Mapping[str, AnyModel | None]) -> None:
+    own = vocab_size(model)
+    for name, other in others.items():
+        if other is not None and vocab_size(other) != own:
             raise ValueError(
-                f"the retrained model has a vocabulary of {sizes[1]} tokens, the model one of {sizes[0]}; a reference "
+                f"the {name} model has a vocabulary of {vocab_size(other)} tokens, the model one of {own}; a reference "
                 "must read the same tokens"
             )

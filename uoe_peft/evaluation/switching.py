@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -26,6 +27,19 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
+
+
+@contextmanager
+def before_unlearning(
+    model: PeftModel | PreTrainedModel, base_model: PreTrainedModel | None
+) -> Iterator[PeftModel | PreTrainedModel]:
+    """Gives the base model: the one that is passed, or else the model itself with its adapter off."""
+    if base_model is not None:
+        yield base_model
+        return
+    assert isinstance(model, PeftModel)
+    with adapter_off(model):
+        yield model
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
 from datasets import Dataset
@@ -28,18 +28,23 @@ from uoe_peft.evaluation import (
     testbed_suite,
     tofu_suite,
 )
+from uoe_peft.evaluation.attacking import Attack
 from uoe_peft.evaluation.attacks import AttackName, run_attack
-from uoe_peft.evaluation.evaluate import Attack
 from uoe_peft.evaluation.suites.suite import OTHER_PROMPT
 from uoe_peft.tuner import UOEConfig  # noqa: F401  (registers the method with PEFT)
+
+ATTACKS: tuple[str, ...] = get_args(AttackName)
 
 
 @dataclass(kw_only=True)
 class EvaluateArguments(ColumnOptions, OverwriteOption):
     """Which adapter, which questions."""
 
-    adapter: str = field(metadata={"help": "Folder of the adapter, or its name on the Hub."})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Its base model; None: the adapter's own."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder of the adapter, or its name on the Hub."})
+    unlearned_model: str | None = field(
+        default=None, metadata={"help": "In place of an adapter: a model trained in full, beside --model_name_or_path."}
+    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The base model; None: the adapter's own."})
     suite: str = field(
         default="plain", metadata={"help": "plain (--forget_dataset, --retain_dataset), tofu (--tofu), or testbed."}
     )
@@ -61,6 +66,10 @@ class EvaluateArguments(ColumnOptions, OverwriteOption):
     attack_rows: int = field(
         default=40,
         metadata={"help": "Rows of the forget set that relearning, soft_prompt, gcg and few_shot use; not evaluated."},
+    )
+    relearning_datasets: list[str] = field(
+        default_factory=list,
+        metadata={"help": "NAME=FILE of further sets to relearn on, such as other facts of the same subjects."},
     )
     retain_share: float | None = field(
         default=None, metadata={"help": "Find the greatest scale of the adapter that keeps this share, such as 0.95."}
@@ -89,20 +98,22 @@ def run(arguments: Sequence[str]) -> None:
     """Evaluate, print the table and write the report to `--output_dir`; answers so far are kept there, too."""
     (options,) = parse("evaluate", arguments, EvaluateArguments)
     check_folder(options.output_dir, overwrite=options.overwrite, option="output_dir", own=("report.json",))
-    name = options.model_name_or_path or PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
-    if not name:
-        raise ValueError(f"{options.adapter} does not say which base model it is for; pass --model_name_or_path")
+    name = base_of(options)
     suite = suite_of(options)
     if options.stream and options.attacks:
         raise ValueError("attacks change or generate with the whole model, which a streamed one is not; leave them out")
     tokenizer = load_tokenizer(name)
     load = partial(load_model, dtype=options.dtype, device_map=options.device_map, stream=options.stream)
-    model = PeftModel.from_pretrained(load(name), options.adapter).eval()
+    base = load(name).eval()
+    model = PeftModel.from_pretrained(base, options.adapter).eval() if options.adapter else None
+    unlearned = load(options.unlearned_model).eval() if options.unlearned_model else None
     asked = {"batch_size": options.batch_size, "max_length": options.max_length, "seed": options.seed}
     asked["max_new_tokens"] = options.max_new_tokens
-    attacks, suite = attacks_of(options, suite, tokenizer)
+    attacks, suite = attacks_of(options, suite, tokenizer, base=None if model else base)
     calibration = None
     if options.retain_share is not None or options.forget_limit is not None:
+        if model is None:
+            raise ValueError("--retain_share and --forget_limit choose the scale of an adapter; pass --adapter")
         validation, suite = split_off(suite, options.validation_examples, seed=options.seed)
         calibration = calibrate_scale(
             model,
@@ -111,9 +122,10 @@ def run(arguments: Sequence[str]) -> None:
             forget_limit=options.forget_limit,
         )
     report = evaluate_unlearning(
-        model,
+        model or unlearned,
         suite,
         processing_class=tokenizer,
+        base_model=None if model else base,
         retrained_model=load(options.retrained_model).eval() if options.retrained_model else None,
         attacks=attacks,
         attack_examples=options.attack_examples,
@@ -125,6 +137,23 @@ def run(arguments: Sequence[str]) -> None:
     print(report.summary())
     files = report.write(options.output_dir, title=options.title)
     print(f"written: {', '.join(map(str, files))}")
+
+
+def base_of(options: EvaluateArguments) -> str:
+    """The name of the base model.
+
+    Raises:
+        ValueError: Both or neither of adapter and model are given, or the base is not known.
+    """
+    if (options.adapter is None) == (options.unlearned_model is None):
+        raise ValueError("pass either --adapter, or --unlearned_model and what it was before, --model_name_or_path")
+    name = options.model_name_or_path
+    if name is None and options.adapter is not None:
+        name = PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
+    if not name:
+        source = options.adapter or options.unlearned_model
+        raise ValueError(f"{source} does not say which base model it is for; pass --model_name_or_path")
+    return name
 
 
 def suite_of(options: EvaluateArguments) -> Suite:
@@ -178,17 +207,30 @@ def split_off(
     return tuple(chosen), Suite(suite.name, tuple(rest))
 
 
-def attacks_of(options: EvaluateArguments, suite: Suite, tokenizer: Any) -> tuple[list[Attack], Suite]:
-    """The attacks that the options ask for, and the suite without the rows that these attacks use.
+def attacks_of(
+    options: EvaluateArguments, suite: Suite, tokenizer: Any, *, base: Any = None
+) -> tuple[dict[str, Attack], Suite]:
+    """The attacks that the options ask for, by name, and the suite without the rows that these attacks use.
+
+    Args:
+        options: The options.
+        suite: What the options ask.
+        tokenizer: Of the models.
+        base: What routes under expert_forcing; None: the model with its adapter off.
 
     Raises:
-        ValueError: The file has options of an attack that is not asked for, or the forget set is too small.
+        ValueError: An attack is unknown, the file has options of one that is not asked for, a further set has no name,
+            or the forget set is too small.
     """
+    unknown = sorted(set(options.attacks) - set(ATTACKS))
+    if unknown:
+        raise ValueError(f"there are no attacks {unknown}; there are {', '.join(ATTACKS)}")
     given = yaml.safe_load(Path(options.attack_options).read_text()) if options.attack_options else {}
     unused = sorted(set(given) - set(options.attacks))
     if unused:
         raise ValueError(f"{options.attack_options} has options of {unused}, which --attacks does not ask for")
-    defaults: dict[str, dict[str, Any]] = {"paraphrase": {"column": OTHER_PROMPT}}
+    further = further_sets(options)
+    defaults: dict[str, dict[str, Any]] = {"paraphrase": {"column": OTHER_PROMPT}, "expert_forcing": {"base": base}}
     if set(options.attacks) & {"relearning", "soft_prompt", "gcg", "few_shot"}:
         parts, suite = split_off(suite, options.attack_rows, seed=options.seed, roles=("forget",))
         rows = cast(Dataset, parts[0].rows)
@@ -198,4 +240,22 @@ def attacks_of(options: EvaluateArguments, suite: Suite, tokenizer: Any) -> tupl
             shown = rows.select(range(min(3, len(rows))))
             defaults["few_shot"] = {"examples": [(row["prompt"], row["completion"]) for row in shown]}
     own = {name: {**defaults.get(name, {}), **(given.get(name) or {})} for name in options.attacks}
-    return [partial(run_attack, cast(AttackName, name), **settings) for name, settings in own.items()], suite
+    attacks: dict[str, Attack] = {
+        name: partial(run_attack, cast(AttackName, name), **settings) for name, settings in own.items()
+    }
+    for name, rows in further.items():
+        attacks[f"relearning, {name}"] = partial(run_attack, "relearning", **{**own["relearning"], "dataset": rows})
+    return attacks, suite
+
+
+def further_sets(options: EvaluateArguments) -> dict[str, Dataset]:
+    """The sets of `--relearning_datasets` by name; errors as in `attacks_of`."""
+    if options.relearning_datasets and "relearning" not in options.attacks:
+        raise ValueError("--relearning_datasets are for the attack relearning, which --attacks does not ask for")
+    found = {}
+    for source in options.relearning_datasets:
+        name, separator, path = source.partition("=")
+        if not (name and separator and path):
+            raise ValueError(f"--relearning_datasets takes NAME=FILE, such as benign=text.jsonl, got {source!r}")
+        found[name] = load_set(path, options)
+    return found

@@ -10,8 +10,7 @@ from uoe_peft.cli.options import OverwriteOption
 from uoe_peft.cli.outputs import check_file
 from uoe_peft.cli.parsing import parse
 from uoe_peft.evaluation import UnlearningReport
-from uoe_peft.evaluation.report.markdown import side_by_side
-from uoe_peft.evaluation.report.page import render_comparison
+from uoe_peft.evaluation.report.comparison import render_comparison, side_by_side
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from uoe_peft.errors import NotApplicableError
 from uoe_peft.evaluation.attacks.result import CausalLM
 from uoe_peft.tuner import UOEConfig
 
@@ -68,13 +69,15 @@ class AdapterScale:
             layers: Tells the layers that count.
 
         Raises:
-            TypeError: The model has no adapter.
-            ValueError: The adapter is no scaled sum, switched off or merged; or it has no such layer.
+            NotApplicableError: The model has no adapter, one that is no scaled sum, or none in such a layer.
+            ValueError: The adapter is switched off or merged.
         """
         names = _active(check_adapter(model, attack=attack))
         found = [scaling for layer in model.modules() if layers(layer) and (scaling := _scaling(layer)) is not None]
         if not any(name in scaling for name in names for scaling in found):
-            raise ValueError(f"{attack}: the adapters {names} change nothing there, so that nothing can be given back")
+            raise NotApplicableError(
+                f"{attack}: the adapters {names} change nothing there, so that nothing can be given back"
+            )
         return cls(names, found)
 
     @contextmanager
@@ -93,7 +96,7 @@ class AdapterScale:
 def check_adapter(model: CausalLM, *, attack: str) -> PeftModel:
     """The model, if its active adapters can be scaled; see `AdapterScale.of` for what is refused."""
     if not isinstance(model, PeftModel):
-        raise TypeError(f"{attack} needs a PeftModel, whose adapter it scales, got {type(model).__name__}")
+        raise NotApplicableError(f"{attack} needs a PeftModel, whose adapter it scales, got {type(model).__name__}")
     status = model.get_model_status()
     if status.merged_adapters:
         raise ValueError(f"{attack}: the adapters {status.merged_adapters} are merged; call unmerge_adapter() first")
@@ -102,7 +105,7 @@ def check_adapter(model: CausalLM, *, attack: str) -> PeftModel:
     for name in _active(model):
         reason = _not_a_scaled_sum(model.peft_config[name])
         if reason:
-            raise ValueError(f"{attack} needs an adapter that is a scaled sum, but adapter {name!r} {reason}")
+            raise NotApplicableError(f"{attack} needs an adapter that is a scaled sum, but adapter {name!r} {reason}")
     return model
 
 
@@ -110,12 +113,12 @@ def edited_experts(model: CausalLM, *, attack: str) -> list[tuple[int, int]]:
     """`(layer_idx, expert_idx)` of the experts that the active UOE adapters edit, sorted.
 
     Raises:
-        TypeError: There is no such adapter.
+        NotApplicableError: There is no such adapter.
     """
     configs = [model.peft_config[name] for name in _active(model)] if isinstance(model, PeftModel) else []
     pairs = [pair for config in configs if isinstance(config, UOEConfig) for pair in config.target_experts]
     if not pairs:
-        raise TypeError(f"{attack} needs a model with a UOE adapter, got {type(model).__name__} without one")
+        raise NotApplicableError(f"{attack} needs a model with a UOE adapter, got {type(model).__name__} without one")
     return sorted(set(pairs))
 
 

@@ -23,8 +23,8 @@ def router_restored(model: CausalLM, *, score: Score, before: Scores | None = No
         After: scores with the base's routers, corrected ones included.
 
     Raises:
-        TypeError: The model has no UOE adapter.
-        ValueError: The adapter edits no router, is merged or switched off; or a score is not finite.
+        NotApplicableError: The model has no UOE adapter, or one that edits no router.
+        ValueError: The adapter is merged or switched off; or a score is not finite.
     """
     return _restored("router_restored", model, score=score, before=before, routers=True)
 
@@ -41,7 +41,7 @@ def expert_restored(model: CausalLM, *, score: Score, before: Scores | None = No
         After: scores with the base's experts.
 
     Raises:
-        TypeError: The model has no UOE adapter.
+        NotApplicableError: The model has no UOE adapter.
         ValueError: The adapter is merged or switched off; or a score is not finite.
     """
     return _restored("expert_restored", model, score=score, before=before, routers=False)
@@ -68,9 +68,8 @@ def scale_sweep(
         Curve: by "scale", 1 (the present one) first. After: scores at the last of `scales`.
 
     Raises:
-        TypeError: The model has no adapter.
-        ValueError: The adapter is no scaled sum, merged or switched off; `scales` is empty or negative; or a score is
-            not finite.
+        NotApplicableError: The model has no adapter, or one that is no scaled sum.
+        ValueError: The adapter is merged or switched off; `scales` is empty or negative; or a score is not finite.
     """
     factors = [float(scale) for scale in scales]
     if not factors or not all(0 <= factor < float("inf") for factor in factors):

@@ -42,10 +42,10 @@ def expert_forcing(
         After: scores under the base's routing.
 
     Raises:
-        TypeError: There is neither a `base` nor an adapter.
+        NotApplicableError: There is neither a `base` nor an adapter that is a scaled sum.
         UnsupportedModelError: The model has no routed experts, or a router is not called as a module.
-        ValueError: `base` has routers elsewhere; the adapter is merged, switched off or no scaled sum; a pass starts
-            from a cache that it did not fill; or a score is not finite.
+        ValueError: `base` has routers elsewhere; the adapter is merged or switched off; a pass starts from a cache that
+            it did not fill; or a score is not finite.
     """
     replay = _Replay(model, base)
     start = baseline(score, model, before)
@@ -70,7 +70,7 @@ def silenced_expert(
         After: scores without the experts.
 
     Raises:
-        TypeError: There are neither `experts` nor a UOE adapter.
+        NotApplicableError: There are neither `experts` nor a UOE adapter.
         UnsupportedModelError: The model has no routed experts.
         ValueError: `experts` is empty or names one that the model lacks; or a score is not finite.
     """

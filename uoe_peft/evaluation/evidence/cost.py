@@ -7,7 +7,7 @@ import time
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def adapter_cost(model: PeftModel) -> dict[str, float]:
@@ -28,6 +28,23 @@ def adapter_cost(model: PeftModel) -> dict[str, float]:
         "adapter_parameters": own,
         "adapter_share": own / max(1, everything - adapters),
         "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
+    }
+
+
+def changed_cost(model: nn.Module, base_model: nn.Module) -> dict[str, float]:
+    """Size of what differs from the base, under the names of `adapter_cost`: what would have to be kept of a model.
+
+    Args:
+        model: A model that was trained in full.
+        base_model: What it was before, with the same parameters.
+    """
+    before = dict(base_model.named_parameters())
+    changed = [own for name, own in model.named_parameters() if not torch.equal(own.cpu(), before[name].cpu())]
+    number = sum(parameter.numel() for parameter in changed)
+    return {
+        "adapter_parameters": number,
+        "adapter_share": number / max(1, sum(parameter.numel() for parameter in model.parameters())),
+        "adapter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in changed),
     }
 
 

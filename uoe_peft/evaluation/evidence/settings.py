@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from uoe_peft.evaluation.measure import Asked, Asking
 from uoe_peft.evaluation.suites.suite import Suite
@@ -16,7 +17,7 @@ _VERSIONS = ("uoe-peft", "torch", "transformers", "peft", "datasets")
 
 
 def settings_of(
-    model: PeftModel, suite: Suite, sets: Mapping[str, Asked], asking: Asking, **others: Any
+    model: PeftModel | PreTrainedModel, suite: Suite, sets: Mapping[str, Asked], asking: Asking, **others: Any
 ) -> dict[str, Any]:
     """What an evaluation was made with and on, as plain JSON.
 
@@ -27,14 +28,14 @@ def settings_of(
         asking: How they were asked.
         **others: Further settings by name.
     """
-    config = model.active_peft_config
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
     targets = getattr(config, "target_experts", None)
     return {
         "suite": suite.name,
         "examples": {name: len(asked.columns) for name, asked in sets.items()},
         "model": _model_name(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "adapter": str(getattr(config.peft_type, "value", config.peft_type)),
+        "adapter": None if config is None else str(getattr(config.peft_type, "value", config.peft_type)),
         "target_experts": [list(pair) for pair in targets] if isinstance(targets, (list, tuple)) else None,
         "batch_size": asking.batch_size,
         "max_new_tokens": asking.max_new_tokens,
@@ -43,9 +44,10 @@ def settings_of(
     }
 
 
-def _model_name(model: PeftModel) -> str:
+def _model_name(model: PeftModel | PreTrainedModel) -> str:
     """Its name on the Hub, or the end of its folder's path: where a report was made says nothing to its readers."""
-    name = str(getattr(model.config, "_name_or_path", "")) or type(model.get_base_model()).__name__
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = str(getattr(model.config, "_name_or_path", "")) or type(plain).__name__
     return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
 
 

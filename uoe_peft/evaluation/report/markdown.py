@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from uoe_peft.evaluation.attacks.result import AttackResult, Scores
     from uoe_peft.evaluation.report.report import AnswerScores, UnlearningReport
 
 MODEL_NAMES = {
@@ -33,41 +34,6 @@ def render(report: UnlearningReport) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def side_by_side(reports: Mapping[str, UnlearningReport]) -> str:
-    """One table of many evaluations: the unlearned model of each, and the base and the twin of the first.
-
-    Args:
-        reports: By the name that the table gives them; they must have the same sets.
-
-    Raises:
-        ValueError: There are none, or their sets differ.
-    """
-    return table(*comparison(reports))
-
-
-def comparison(reports: Mapping[str, UnlearningReport]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table that `side_by_side` makes; errors are the same."""
-    if not reports:
-        raise ValueError("there are no reports to compare; pass at least one")
-    first_name, first = next(iter(reports.items()))
-    for name, report in reports.items():
-        if list(report.roles) != list(first.roles):
-            raise ValueError(
-                f"{name} has the sets {list(report.roles)}, {first_name} has {list(first.roles)}; "
-                "only evaluations of the same suite can stand in one table"
-            )
-    names = sorted({name for report in reports.values() for own in report.metrics.values() for name in own})
-    head = ["model", *first.roles, *names]
-    rows = []
-    for label, report, models in _compared(reports):
-        for model, called in models.items():
-            if model in report.scores:
-                scores = [cell(report.scores[model][part]) for part in report.roles]  # type: ignore[index]
-                own = report.metrics.get(model, {})  # type: ignore[call-overload]
-                rows.append([called.format(label), *scores, *(number(own.get(name)) for name in names)])
-    return head, rows
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; cells cannot break it."""
     lines = [head, ["---"] * len(head), *rows]
@@ -89,18 +55,34 @@ def number(value: float | None) -> str:
     return f"{value:.3f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
 
 
-def _compared(
-    reports: Mapping[str, UnlearningReport],
-) -> Iterable[tuple[str, UnlearningReport, dict[str, str]]]:
-    first = True
-    for label, report in reports.items():
-        models = {"base": "base"} if first else {}
-        models |= {"unlearned": "{}", "calibrated": "{}, calibrated"}
-        yield label, report, models
-        first = False
-    twin = next(((label, report) for label, report in reports.items() if "retrained" in report.scores), None)
-    if twin:
-        yield *twin, {"retrained": "retrained"}
+def attack_table(report: UnlearningReport) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: all measures before and after, and the first one along the way; empty without attacks."""
+    if not report.attacks:
+        return [], []
+    names = list(report.attacks[0].result.before)
+    head = ["attack", "model", "scale", *(f"{name}: before → after" for name in names), f"{names[0]} along the way"]
+    rows = [
+        [
+            run.result.name,
+            run.model,
+            f"{run.scale:.2f}",
+            *(f"{number(run.result.before.get(name))} → {number(run.result.after.get(name))}" for name in names),
+            along(run.result, measures=lambda point: number(point.get(names[0]))),
+        ]
+        for run in report.attacks
+    ]
+    return head, rows
+
+
+def is_sweep(result: AttackResult) -> bool:
+    """Whether an attack went over scales, and so has no one end that says how strong it is."""
+    return any("scale" in point for point in result.curve)
+
+
+def along(result: AttackResult, *, measures: Callable[[Scores], str]) -> str:
+    """What an attack measured on its way, such as "scale 1: 0.04, scale 0.8: 0.06"; empty where it has no curve."""
+    place = next((name for point in result.curve for name in point if name not in result.before), "")
+    return ", ".join(f"{place} {point[place]:g}: {measures(point)}" for point in result.curve)
 
 
 def _scores(report: UnlearningReport) -> str:
@@ -140,18 +122,7 @@ def _values(report: UnlearningReport) -> str:
 def _attacks(report: UnlearningReport) -> str:
     if not report.attacks:
         return ""
-    names = list(report.attacks[0].result.before)
-    head = ["attack", "model", "scale", *(f"{name}: before → after" for name in names)]
-    rows = [
-        [
-            run.result.name,
-            run.model,
-            f"{run.scale:.2f}",
-            *(f"{number(run.result.before.get(name))} → {number(run.result.after.get(name))}" for name in names),
-        ]
-        for run in report.attacks
-    ]
-    return "## Attacks\n\n" + table(head, rows)
+    return "## Attacks\n\n" + table(*attack_table(report))
 
 
 def _calibration(report: UnlearningReport) -> str:

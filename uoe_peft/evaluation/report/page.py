@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from uoe_peft.evaluation.report.markdown import MODEL_NAMES, SHOWN, comparison, number
+from uoe_peft.evaluation.report.elements import figure, key, page, table
+from uoe_peft.evaluation.report.markdown import MODEL_NAMES, SHOWN, attack_table, is_sweep, number
 from uoe_peft.evaluation.report.pictures import COLOURS, Bar, bars, frontier, heat_map
-from uoe_peft.evaluation.report.style import STYLE
 
 if TYPE_CHECKING:
     from uoe_peft.evaluation.report.report import UnlearningReport
@@ -30,45 +30,7 @@ def render(report: UnlearningReport, *, title: str) -> str:
         _answers(report),
         _footer(report),
     ]
-    return _page(title, parts)
-
-
-def render_comparison(reports: Mapping[str, UnlearningReport], *, title: str) -> str:
-    """Many evaluations of one suite on one page.
-
-    Args:
-        reports: By the name that the page gives them.
-        title: Of the page.
-
-    Raises:
-        ValueError: There are none, or their sets differ.
-    """
-    head, rows = comparison(reports)
-    palette = ("#c8374b", "#2f6db5", "#c98a1b", "#7a4fa3", "#20877e", "#8a5a3b", "#5b6b2f", "#b04a8f")
-    first = next(iter(reports.values()))
-    forget, retain = first.sets_of("forget")[0], first.sets_of("retain")[0]
-    base = first.scores["base"]
-    points = [("base", COLOURS["base"], base[forget].score, base[retain].score)]
-    for place, (label, report) in enumerate(reports.items()):
-        own = report.scores["unlearned"]
-        points.append((label, palette[place % len(palette)], own[forget].score, own[retain].score))
-    drawn = frontier(points, [], title="forget and retain score of each evaluation")
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<div class="grid">{_figure("Kept over still known", drawn)}</div>',
-        "<h2>Scores</h2>" + _table(head, rows),
-    ]
-    return _page(title, parts)
-
-
-def _page(title: str, parts: Iterable[str]) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main></body></html>\n"
-    )
+    return page(title, parts)
 
 
 def _head(report: UnlearningReport, title: str) -> str:
@@ -102,8 +64,8 @@ def _overview(report: UnlearningReport) -> str:
     drawn = frontier(points, line, title="retain score over forget score of each model")
     scored = bars(groups, title="score of each model on each set")
     return (
-        f'<h2>Forgotten and kept</h2>{_key(report)}<div class="grid">{_figure("Score on each set", scored)}'
-        f"{_figure('Kept over still known', drawn)}</div>"
+        f'<h2>Forgotten and kept</h2>{_key(report)}<div class="grid">{figure("Score on each set", scored)}'
+        f"{figure('Kept over still known', drawn)}</div>"
         '<p class="quiet">Score: ROUGE-L recall of the answers; of sets with options, their accuracy; of plain text, '
         "the probability.</p>"
     )
@@ -118,11 +80,11 @@ def _tables(report: UnlearningReport) -> str:
             found = (sets[name].metrics.get(metric) for metric in present)
             rows.append([model, *(f"{i.mean:.3f} [{i.low:.2f}, {i.high:.2f}]" if i else "-" for i in found)])
         size = next(iter(report.scores.values()))[name].num_examples
-        parts.append(f"<h3>{escape(name)} ({escape(role)}, {size} examples)</h3>{_table(['model', *present], rows)}")
+        parts.append(f"<h3>{escape(name)} ({escape(role)}, {size} examples)</h3>{table(['model', *present], rows)}")
     names = sorted({name for own in report.metrics.values() for name in own})
     if names:
         rows = [[model, *(number(own.get(name)) for name in names)] for model, own in report.metrics.items()]
-        parts.append(f"<h3>Whole models</h3>{_table(['model', *names], rows)}")
+        parts.append(f"<h3>Whole models</h3>{table(['model', *names], rows)}")
     return "\n".join(parts)
 
 
@@ -130,10 +92,10 @@ def _topics(report: UnlearningReport) -> str:
     if not report.by_value:
         return ""
     drawn = []
-    for key in dict.fromkeys((part.set_name, part.column) for part in report.by_value):
-        own = [part for part in report.by_value if (part.set_name, part.column) == key]
+    for place in dict.fromkeys((part.set_name, part.column) for part in report.by_value):
+        own = [part for part in report.by_value if (part.set_name, part.column) == place]
         groups = [(part.value, [_bar(model, scores.score) for model, scores in part.scores.items()]) for part in own]
-        drawn.append(_figure(f"{key[0]} set by {key[1]}", bars(groups, title=f"score by {key[1]}")))
+        drawn.append(figure(f"{place[0]} set by {place[1]}", bars(groups, title=f"score by {place[1]}")))
     return f'<h2>Scores by value</h2>{_key(report)}<div class="grid">{"".join(drawn)}</div>'
 
 
@@ -144,23 +106,16 @@ def _attacks(report: UnlearningReport) -> str:
     shown = next((name for name in names if name.startswith("forget")), names[0])
     groups: dict[str, list[Bar]] = {}
     for run in report.attacks:
+        if is_sweep(run.result):
+            continue  # a sweep ends at the base; the table has its curve
         after = run.result.after.get(shown, 0.0)
         text = f"{run.result.before.get(shown, 0.0):.2f} → {after:.2f}"
         groups.setdefault(run.result.name, []).append(Bar(after, COLOURS[run.model], text))
-    rows = [
-        [
-            run.result.name,
-            run.model,
-            f"{run.scale:.2f}",
-            *(f"{number(run.result.before.get(name))} → {number(run.result.after.get(name))}" for name in names),
-        ]
-        for run in report.attacks
-    ]
     drawn = bars(list(groups.items()), title=f"{shown} after each attack")
     return (
         f'<h2>Attacks</h2><p>What comes back: {escape(shown)} after each attack. What an attack "recovers" of the '
         f'retrained model, which never knew it, is the baseline.</p>{_key(report)}<div class="grid">'
-        f"{_figure('After each attack', drawn)}</div>{_table(['attack', 'model', 'scale', *names], rows)}"
+        f"{figure('After each attack', drawn)}</div>{table(*attack_table(report))}"
     )
 
 
@@ -173,7 +128,7 @@ def _calibration(report: UnlearningReport) -> str:
     steady = "" if found.monotone else " The measure is not monotone: only what was measured is known."
     return (
         f"<h2>Calibration</h2><p>{chosen} ({escape(found.metric)}, limit {number(found.limit)}).{steady} A weaker "
-        f"adapter forgets less deeply: compare the attacks at both scales.</p>{_table(list(found.curve[0]), rows)}"
+        f"adapter forgets less deeply: compare the attacks at both scales.</p>{table(list(found.curve[0]), rows)}"
     )
 
 
@@ -188,7 +143,7 @@ def _routing(report: UnlearningReport) -> str:
     labels = [str(shift.layer_idx) for shift in layers]
     highest = max(max(*shift.affinity_off, *shift.affinity_on) for shift in layers)
     maps = [
-        _figure(
+        figure(
             f"Affinity for the forget set, adapter {state} (layer × expert)",
             heat_map(
                 [getattr(shift, f"affinity_{state}") for shift in layers],
@@ -256,7 +211,7 @@ def _card(row: Mapping[str, Any], models: Sequence[str]) -> str:
 
 def _footer(report: UnlearningReport) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
-    cost = _table(["what", "value"], [[name, number(value)] for name, value in report.cost.items()])
+    cost = table(["what", "value"], [[name, number(value)] for name, value in report.cost.items()])
     settings = escape(json.dumps(dict(report.settings), indent=2))
     return (
         (f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "")
@@ -278,15 +233,4 @@ def _curve(curve: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
 
 
 def _key(report: UnlearningReport) -> str:
-    spans = (f'<span><i style="background:{COLOURS[m]}"></i>{escape(MODEL_NAMES[m])}</span>' for m in report.scores)
-    return f'<p class="key">{"".join(spans)}</p>'
-
-
-def _figure(caption: str, drawn: str) -> str:
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{drawn}</figure>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return key({MODEL_NAMES[model]: COLOURS[model] for model in report.scores})

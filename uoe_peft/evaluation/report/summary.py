@@ -54,13 +54,12 @@ def answer_scores(rows: Sequence[Row], part: QuestionSet) -> AnswerScores:
     )
 
 
-def scores_by_value(results: Results, part: QuestionSet, asked: Asked) -> list[ValueScores]:
-    """Scores of the rows of a set that share a value of one of its columns.
+def check_values(part: QuestionSet, asked: Asked) -> None:
+    """Refuse a set whose rows do not all have a value to score by, before any of them is asked.
 
     Raises:
         ValueError: A value is missing or empty.
     """
-    found = []
     for column in part.by:
         values = [row.get(column) for row in asked.columns]
         empty = [place for place, value in enumerate(values) if value is None or str(value).strip() == ""]
@@ -69,6 +68,13 @@ def scores_by_value(results: Results, part: QuestionSet, asked: Asked) -> list[V
                 f"row {empty[0]} of the {part.name} set has no {column!r} to score by ({len(empty)} of {len(values)} "
                 "rows have none); fill it in, or drop these rows"
             )
+
+
+def scores_by_value(results: Results, part: QuestionSet, asked: Asked) -> list[ValueScores]:
+    """Scores of the rows of a set that share a value of one of its columns, which `check_values` has seen."""
+    found = []
+    for column in part.by:
+        values = [row[column] for row in asked.columns]
         for value in sorted(set(map(str, values))):
             places = [place for place, own in enumerate(values) if str(own) == value]
             scores = {
