@@ -22,7 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from uoe_peft.moe.storage import ExpertStorage, RoutedTokens, plain, substituted
+from uoe_peft.moe.storage import (
+    ExpertStorage,
+    RoutedTokens,
+    check_whole,
+    one_of_stack,
+    plain,
+    shallow_copy,
+    substituted,
+)
 
 
 class StackedExperts(ExpertStorage):
@@ -59,11 +67,22 @@ class StackedExperts(ExpertStorage):
 
     @override
     def weight(self, projection: str, expert_idx: int) -> Tensor:
-        return plain(self.parameter(projection, expert_idx)[expert_idx])
+        stack = self.parameter(projection, expert_idx)
+        check_whole(stack)
+        return plain(stack[expert_idx])
 
     @override
     def is_transposed(self, projection: str) -> bool:
         return self._transposed
+
+    @override
+    def gathered(self, expert_idx: int) -> StackedExperts:
+        own = shallow_copy(self.module)
+        own._parameters = {
+            name: p if p is None else nn.Parameter(one_of_stack(p.detach(), expert_idx)[None], requires_grad=False)
+            for name, p in self.module._parameters.items()
+        }
+        return StackedExperts(own)
 
     @property
     @override

@@ -15,6 +15,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from uoe_peft.errors import UnsupportedModelError
 
@@ -79,6 +81,24 @@ class ExpertStorage(ABC):
         """
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether no process has the experts' weights as they are: FSDP, tensor or expert parallelism."""
+        return any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
+
+    def gathered(self, expert_idx: int) -> ExpertStorage:
+        """A copy of one expert, its only one, brought together from the processes that hold parts of it.
+
+        Only this expert is sent, not the stack. All processes must come here together.
+
+        Raises:
+            UnsupportedModelError: Experts are stored in another way than as stacks of matrices.
+        """
+        raise UnsupportedModelError(
+            f"the experts of a {type(self.module).__name__} are sharded over processes and not stacked, so that one of "
+            "them cannot be fetched; add the adapter before they are sharded, as the Trainer's FSDP version 2 allows"
+        )
+
+    @property
     def weight_attributes(self) -> tuple[str, ...]:
         """Attributes of the module through which the weights of its experts can be read."""
         return ()
@@ -112,18 +132,83 @@ class ExpertStorage(ABC):
         return RoutedTokens(token, token, flat[token], top_k_weights[token, position].unsqueeze(-1))
 
 
+def one_of_stack(stack: Tensor, index: int) -> Tensor:
+    """One slice of a tensor along its first dimension, a view; of a sharded tensor, a copy made of its parts.
+
+    Only the slice is sent. All processes that hold parts must come here together.
+
+    Args:
+        stack: Any tensor. Shape `(E, *slice)`.
+        index: Which slice.
+
+    Returns:
+        Shape `slice`.
+    """
+    if not isinstance(stack, DTensor):
+        return stack[index]
+    mesh, local, shape = stack.device_mesh, stack.to_local(), stack.shape[1:]
+    over_stack = [_sharded_dim(p, stack.dim()) == 0 for p in stack.placements]
+    rows = torch.arange(len(stack), device=local.device)
+    placements = [p if here else Replicate() for p, here in zip(stack.placements, over_stack, strict=True)]
+    # Which slices lie in this process: nothing is sent, since every process makes the same numbers.
+    own = distribute_tensor(rows, mesh, placements, src_data_rank=None).to_local()
+    held = (own == index).nonzero().flatten().tolist()
+    part = local[held[0]] if held else local.new_zeros(local.shape[1:])
+    parts = [Partial() if here else _below(p) for p, here in zip(stack.placements, over_stack, strict=True)]
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part.contiguous(), mesh, parts, run_check=False, shape=shape, stride=stride).full_tensor()
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module that shares everything with another; of one that FSDP2 gave a class of its own, in the class it had."""
+    own_class = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+    own = cast(nn.Module, object.__new__(own_class))
+    own.__dict__.update(vars(module))
+    return own
+
+
+def _sharded_dim(placement: Any, num_dims: int) -> int | None:
+    dim = getattr(placement, "dim", None)
+    return None if dim is None else dim % num_dims
+
+
+def _below(placement: Any) -> Any:
+    """How a slice is split where the stack is split in this way, along another dimension than the first."""
+    dim = getattr(placement, "dim", None)
+    if dim is None or dim < 0:
+        return placement
+    if hasattr(placement, "split_factor"):  # halves of a fused matrix, each split by itself
+        return type(placement)(dim - 1, split_factor=placement.split_factor)
+    return Shard(dim - 1)
+
+
 def is_quantised(weight: Tensor) -> bool:
     """Whether a weight is stored in fewer bits than it is computed with."""
     has_own_dequantize = type(weight).dequantize is not Tensor.dequantize
     return has_own_dequantize or not weight.is_floating_point() or weight.dtype.itemsize == 1
 
 
+def check_whole(weight: Tensor) -> None:
+    """Refuse a weight that is split over processes where a forward pass reads it.
+
+    Raises:
+        UnsupportedModelError: It is split.
+    """
+    if isinstance(weight, DTensor):
+        raise UnsupportedModelError(
+            "expert or router weights are sharded where an edit reads them: FSDP must shard whole decoder layers, not "
+            "the modules inside them; name the decoder layer's class as transformer_layer_cls_to_wrap in fsdp_config"
+        )
+
+
 def plain(weight: Tensor) -> Tensor:
     """A weight that can be added to: the weight itself, or a dequantised copy of it.
 
     Raises:
-        UnsupportedModelError: The weight is quantised in a form that needs more than itself to be read.
+        UnsupportedModelError: The weight is split over processes, or quantised in a form that needs more than itself to
+            be read.
     """
+    check_whole(weight)
     if not is_quantised(weight):
         return weight
     if type(weight).dequantize is Tensor.dequantize:

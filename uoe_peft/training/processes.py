@@ -1,4 +1,4 @@
-"""What several processes must agree on to the bit: the first one says it."""
+"""Several processes: what they must agree on to the bit, which the first one says, and which engines they may run on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list
-from torch import Tensor
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, broadcast, broadcast_object_list
+from torch import Tensor, nn
+from transformers import Trainer
+
+from uoe_peft.errors import UnsupportedModelError
+from uoe_peft.tuner import UOELayer
 
 T = TypeVar("T")
 
@@ -39,3 +43,32 @@ def masks_from_first_process(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The first process's bool tensors, on all of them; names, shapes and devices are those of each process."""
     PartialState()
     return {name: broadcast(mask.to(torch.uint8).contiguous()).bool() for name, mask in masks.items()}
+
+
+def check_engine(model: nn.Module, accelerator: Accelerator) -> None:
+    """Refuse to train edits of single experts where weights are split in a way that no edit can read.
+
+    Args:
+        model: The model to train; without an edit of single experts nothing is refused.
+        accelerator: Of the trainer; knows what a launcher or the arguments have chosen.
+
+    Raises:
+        UnsupportedModelError: DeepSpeed ZeRO-3, or FSDP version 1; or the model is sharded already and this version of
+            transformers would train another adapter in each process.
+    """
+    reason = None
+    if not any(isinstance(module, UOELayer) for module in model.modules()):
+        return
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        reason = "DeepSpeed ZeRO-3 partitions every weight, and gathers none for an edit of a single expert"
+    elif accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        reason = "FSDP version 1 flattens weights, and is not supported"
+    elif getattr(model, "is_distributed_loading_by_transformers", False) and not hasattr(
+        Trainer, "_sync_replicated_trainable_parameters"
+    ):
+        reason = "this version of transformers would train another adapter in each process (upgrade to 5.23)"
+    if reason:
+        raise UnsupportedModelError(
+            f"{reason}; use fsdp=True with fsdp_config={{'version': 2, ...}}, or load the model with "
+            "distributed_config=DistributedConfig(fsdp_size=...)"
+        )

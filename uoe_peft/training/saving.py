@@ -31,8 +31,11 @@ class SavingTrainer(SFTTrainer):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a launcher splits the weights; asked of the trainer, since it may do so without the arguments."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        """Whether processes split the weights; asked of the trainer, since a launcher may say so without the arguments.
+
+        With "distributed_config" the model has split them itself.
+        """
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
@@ -58,16 +61,32 @@ class SavingTrainer(SFTTrainer):
         return False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        record_training(trained_configs(cast(nn.Module, self.model)), self.args)
+        model = cast(nn.Module, self.model)
+        record_training(trained_configs(model), self.args)
+        if state_dict is None and self.is_distributed_loading_by_transformers:
+            state_dict = adapters_alone(model)
         super()._save(output_dir, state_dict)
-        folder = Path(output_dir or cast(str, self.args.output_dir))
-        add_loading_section(folder / "README.md", active_configs(cast(nn.Module, self.model)))
+        if self.args.should_save:
+            folder = Path(output_dir or cast(str, self.args.output_dir))
+            add_loading_section(folder / "README.md", active_configs(model))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in TRL; of a UOE adapter also how to load it."""
         super().create_model_card(*args, **kwargs)
-        folder = Path(cast(str, self.args.output_dir))
-        add_loading_section(folder / "README.md", active_configs(cast(nn.Module, self.model)))
+        if self.args.should_save:
+            folder = Path(cast(str, self.args.output_dir))
+            add_loading_section(folder / "README.md", active_configs(cast(nn.Module, self.model)))
+
+
+def adapters_alone(model: nn.Module) -> dict[str, Tensor] | None:
+    """The tensors of a model's UOE adapters; None where adapters have others, too.
+
+    Asked for the whole model, each process of a sharded one would bring all of it together, to leave most of it out.
+    """
+    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    if not configs or any(not isinstance(c, UOEConfig) or c.modules_to_save for c in configs):
+        return None
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if ".uoe_" in name}
 
 
 def load_adapters(model: PeftModel, folder: Path) -> None:

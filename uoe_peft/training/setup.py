@@ -177,7 +177,10 @@ def load_model(
             options["quantization_config"] = quantization_config
         options.setdefault("trust_remote_code", args.trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(model, **options)
-    placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    placed = any(
+        getattr(model, said, None)
+        for said in ("hf_device_map", "is_quantized", "is_distributed_loading_by_transformers")
+    )
     return cast(PreTrainedModel, model if placed else cast(nn.Module, model).to(args.device))
 
 

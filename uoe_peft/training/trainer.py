@@ -27,6 +27,7 @@ from uoe_peft.training.objective.objective import Objective
 from uoe_peft.training.objective.step import Denominators, Step, StepBatches, count
 from uoe_peft.training.optim.optimising import OptimisingTrainer
 from uoe_peft.training.optim.sophia import sophia_and_options
+from uoe_peft.training.processes import check_engine
 from uoe_peft.training.reuse.prefix_cache import PrefixSource
 from uoe_peft.training.reuse.reuse import Reuse
 from uoe_peft.training.reuse.rows import Row, TrainingRows
@@ -140,6 +141,7 @@ class UnlearningTrainer(CalibratingTrainer, OptimisingTrainer, SavingTrainer, Ev
             optimizers=optimizers,
             **kwargs,
         )
+        check_engine(self.model, self.accelerator)
         self.data_collator = UnlearningCollator(self._tokenizer.pad_token_id, cast(Any, args.pad_to_multiple_of))
         self.train_dataset = paired or pair_sets(
             train_dataset, retain_dataset, self._processing_class, args, formatting_func=self._formatting_func

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uoe_peft.moe import ExpertStorage, RoutedTokens, expert_storage, is_quantised, plain
+from uoe_peft.tuner.config import UOEConfig
 from uoe_peft.tuner.delta import SliceKey
 from uoe_peft.tuner.merging import UOELayer
 
@@ -24,6 +25,25 @@ class UOEExpertsLayer(UOELayer):
     The wrapped module runs untouched, with whatever kernel the model uses; then the tokens routed to an edited expert
     get the difference that the deltas make: `y[t] += weight[t] * (FFN(h[t]; W + delta) - FFN(h[t]; W))`.
     """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__(base_layer, adapter_name)
+        self._gathered: dict[int, ExpertStorage] = {}  # of sharded stacks: the experts that are edited, whole
+
+    def update_layer(self, adapter_name: str, config: UOEConfig, *, indices: Sequence[int], **kwargs: Any) -> None:
+        """Add an adapter, as in the base class; of sharded stacks its experts are fetched first, once for all passes.
+
+        Fetched when it is needed, a process whose tokens miss the expert would leave the others waiting.
+        """
+        storage = self.storage
+        if storage.is_sharded:
+            self._gathered |= {i: storage.gathered(i) for i in indices if i not in self._gathered}
+        super().update_layer(adapter_name, config, indices=indices, **kwargs)
+
+    def _holding(self, index: int) -> tuple[ExpertStorage, int]:
+        """What holds an expert's weights in this process, and the expert's index there."""
+        own = self._gathered.get(index)
+        return (self.storage, index) if own is None else (own, 0)
 
     @property
     def storage(self) -> ExpertStorage:
@@ -48,7 +68,8 @@ class UOEExpertsLayer(UOELayer):
 
     def base_slice(self, projection: str, index: int) -> Tensor:
         """One expert's matrix as it lies in memory."""
-        return self.storage.weight(projection, index)
+        storage, own = self._holding(index)
+        return storage.weight(projection, own)
 
     def slice_shape(self, projection: str, index: int) -> tuple[int, int]:
         """Rows and columns of an expert's matrix."""
@@ -87,11 +108,11 @@ class UOEExpertsLayer(UOELayer):
         self, result: Tensor, index: int, tokens: RoutedTokens, keys: Mapping[SliceKey, list[str]]
     ) -> Tensor:
         """The experts' output with one expert's outputs computed from edited matrices."""
-        storage = self.storage
-        base = {projection: storage.weight(projection, index) for projection in storage.projections}
+        storage, own = self._holding(index)
+        base = {projection: storage.weight(projection, own) for projection in storage.projections}
         edited = {key[0]: self.edited_slice(key, adapters) for key, adapters in keys.items() if key[1] == index}
-        after = storage.forward_expert(tokens.hidden_states, index, {**base, **edited})  # (N, H)
-        before = storage.forward_expert(tokens.hidden_states, index, base)  # (N, H)
+        after = storage.forward_expert(tokens.hidden_states, own, {**base, **edited})  # (N, H)
+        before = storage.forward_expert(tokens.hidden_states, own, base)  # (N, H)
         correction = (tokens.weight * (after - before)).to(result.dtype)
         flat = result.reshape(-1, result.shape[-1])
         return flat.index_add(0, tokens.row, correction).view_as(result)

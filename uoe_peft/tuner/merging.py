@@ -118,7 +118,10 @@ class UOELayer(DeltaLayer):
         base = self.base_parameter(*key)
         reason = None
         if isinstance(base, DTensor):
-            reason = "sharded over processes: gather the model first"
+            reason = (
+                "sharded over processes: save the adapter, and merge it into a checkpoint on disk (merge_checkpoint) or "
+                "into the model loaded in one process"
+            )
         elif base.is_meta:
             reason = "offloaded: load the model onto a device first"
         elif is_quantised(base):

@@ -10,6 +10,7 @@ from typing import Any, cast
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from uoe_peft.moe.passes import keep_layers
 from uoe_peft.tuner.arguments import as_number
@@ -159,6 +160,12 @@ class UOEModel(BaseTuner):
             self.merge_adapter(adapter_names, safe_merge)
         # Layers come out of their wrappers as they are now: what is merged stays merged.
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        # FSDP2 shards an adapter with the layer that it is on. All processes come here together, and one writes.
+        found = super()._get_adapter_state_dict(*args, **kwargs)
+        return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

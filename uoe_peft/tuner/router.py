@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from uoe_peft.moe import is_quantised, plain, substituted
 from uoe_peft.tuner.merging import UOELayer
@@ -39,6 +40,12 @@ class UOERouterLayer(UOELayer):
     def base_slice(self, projection: str, index: int) -> Tensor:
         """The router's matrix, dequantised where it can be."""
         return plain(self.base_parameter(projection, index))
+
+    def slice_shape(self, projection: str, index: int) -> tuple[int, int]:
+        """Rows and columns of the matrix, also where it is split until the router is called."""
+        base = self.base_parameter(projection, index)
+        rows, columns = (base if isinstance(base, DTensor) else self.base_slice(projection, index)).shape
+        return rows, columns
 
     @property
     def weight(self) -> Tensor:

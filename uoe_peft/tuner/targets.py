@@ -8,10 +8,12 @@ from itertools import product
 from typing import Any, Literal
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe import ListedExperts, MoEBlock, find_moe_blocks, unwrap
+from uoe_peft.moe.experts import StackedExperts
 from uoe_peft.tuner.config import UOEConfig
 from uoe_peft.tuner.layer import UOEExpertsLayer, UOELinearLayer
 from uoe_peft.tuner.merging import UOELayer
@@ -45,7 +47,7 @@ def find_targets(config: UOEConfig, model: nn.Module) -> dict[str, Target]:
 
     Raises:
         UnsupportedModelError: The model has no Mixture-of-Experts block that this package can read, or a target's
-            weights are not whole in memory.
+            weights are not in memory, or split over processes in a way that cannot be brought together.
         ValueError: A target layer, expert or projection does not exist; or the adapter was made for another model.
     """
     if config.target_experts == "auto":
@@ -53,6 +55,7 @@ def find_targets(config: UOEConfig, model: nn.Module) -> dict[str, Target]:
             'target_experts="auto" needs a forget set: pass the config to UnlearningTrainer, or call '
             "attribute_experts and use target_experts=attribution.top(1)"
         )
+    _check_engine(model)
     blocks = {block.layer_idx: block for block in find_moe_blocks(model)}
     by_layer: dict[int, list[int]] = defaultdict(list)
     for layer_idx, expert_idx in config.target_experts:
@@ -64,8 +67,8 @@ def find_targets(config: UOEConfig, model: nn.Module) -> dict[str, Target]:
         if config.train_router:
             targets |= _router_target(blocks[layer_idx], config.router_delta_type)
     _check_same_base(config, {str(layer_idx): blocks[layer_idx] for layer_idx in by_layer}, model)
-    for path in targets:
-        _check_in_memory(path, model)
+    for path, target in targets.items():
+        _check_in_memory(path, target, model)
     return targets
 
 
@@ -117,18 +120,53 @@ def _check_can_be_silenced(block: MoEBlock, projections: tuple[str, ...]) -> Non
         )
 
 
-def _check_in_memory(path: str, model: nn.Module) -> None:
-    """The weights to edit must be whole, in this process, on a device."""
+def _check_in_memory(path: str, target: Target, model: nn.Module) -> None:
+    """The weights to edit must be in this process, on a device; or in parts that can be brought together."""
     module = unwrap(model.get_submodule(path))
     parents = [model.get_submodule(".".join(path.split(".")[:depth])) for depth in range(path.count(".") + 1)]
     hooks = [getattr(owner, "_hf_hook", None) for owner in (*parents, *module.modules())]
     reason = None
-    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        reason = "sharded over processes (tensor or expert parallel, or FSDP2): add the adapter before it is sharded"
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        reason = "partitioned by DeepSpeed ZeRO-3, which no edit of single experts reads: use FSDP version 2, or ZeRO-2"
+    elif any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        reason = _why_not_sharded(target, module, model)
     elif any(p.is_meta for p in module.parameters()) and any(_offloads(hook) for hook in hooks):
         reason = "offloaded to the CPU or disk: load the model with a device_map that keeps this layer on a device"
     if reason:
         raise UnsupportedModelError(f"cannot edit {path} of {type(model).__name__}: its weights are {reason}")
+
+
+def _why_not_sharded(target: Target, module: nn.Module, model: nn.Module) -> str | None:
+    """Why weights that are sharded already cannot be edited; None where an adapter, which each process has, can be."""
+    if not getattr(model, "is_distributed_loading_by_transformers", False):
+        return (
+            "sharded over processes: add the adapter before fully_shard (the Trainer's FSDP version 2 does), or load "
+            "the model with distributed_config=DistributedConfig(...), whose adapters the Trainer keeps equal"
+        )
+    axes = {axis for p in module.parameters() if isinstance(p, DTensor) for axis in p.device_mesh.mesh_dim_names or ()}
+    held_by_layer = axes <= {"fsdp", "dp_replicate"} and not isinstance(module, FSDPModule)
+    if target.kind == "router" and not held_by_layer:
+        return "split by a plan of their own: take the router out of tp_plan and fsdp_plan, or set train_router=False"
+    if target.kind == "linear" or not isinstance(target.block.storage, StackedExperts):
+        return "sharded over processes and not stacked: add the adapter before they are sharded (FSDP version 2)"
+    if target.kind == "experts" and not held_by_layer and "forward" not in vars(module):
+        return "split by a plan that adds up the parts outside the experts: shard them with ep_size, or with fsdp_size"
+    return None
+
+
+def _check_engine(model: nn.Module) -> None:
+    """Refuse settings of transformers' `DistributedConfig` under which processes would edit different things."""
+    config = getattr(getattr(model, "config", None), "distributed_config", None)
+    if config is None or not getattr(model, "is_distributed_loading_by_transformers", False):
+        return
+    reasons = {
+        "pp_size": (config.pp_size > 1, "each process has other layers; use fsdp_size or ep_size"),
+        "fsdp_cpu_offload": (config.fsdp_cpu_offload, "the edited expert would stay on the CPU; load without"),
+        "fsdp_mixed_precision": (config.fsdp_mixed_precision, "adapters are not cast; load with dtype='bfloat16'"),
+    }
+    for option, (chosen, reason) in reasons.items():
+        if chosen:
+            raise UnsupportedModelError(f"cannot edit a model with DistributedConfig({option}=...): {reason}")
 
 
 def _offloads(hook: Any) -> bool:

@@ -58,7 +58,7 @@ class CalibratingTrainer(SFTTrainer):
 
     def _make_calibration(self, aside: Dataset | None) -> Calibration:
         if self.is_sharded:
-            raise CannotScale("its weights are split by a launcher (FSDP, DeepSpeed)")
+            raise CannotScale("its weights are split over processes (FSDP, DeepSpeed, distributed_config)")
         tokenizer, formatting_func = cast(Any, self.processing_class), self._formatting_func
         kept = aside
         if aside is not None:
