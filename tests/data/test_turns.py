@@ -242,3 +242,9 @@ def test_who_answers() -> None:
 def test_what_is_not_a_message_of_text_is_refused(turn: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_messages([turn])
+
+
+@pytest.mark.parametrize("turns", ['[{"role": "user"}]', ["who?", "Ada"]])
+def test_what_is_no_list_of_messages_is_named(turns: Any) -> None:
+    with pytest.raises(ValueError, match=r"a conversation must be a list of messages.*json\.loads"):
+        read_messages(turns)
