@@ -123,6 +123,11 @@ def test_words_that_look_like_the_template_do_not_mislead() -> None:
     assert answers(messages, tokenizer_of("qwen3")) == [f"{trap}<|im_end|>\n", "\n<|im_end|>\n"]
 
 
+def test_characters_that_stand_for_no_text_may_be_said_too() -> None:
+    messages = [{"role": "user", "content": "\ue000?"}, {"role": "assistant", "content": "a\ue000\ue001b"}]
+    assert answers(messages, tokenizer_of("qwen3")) == ["a\ue000\ue001b<|im_end|>\n"]
+
+
 MARKED = """{%- for m in messages %}<|{{ m.role }}|>
 {%- if m.role == 'assistant' %}{% generation %}<think></think>{{ m.content }}<|user|>{% endgeneration %}
 {%- else %}{{ m.content }}{% endif %}{% endfor %}"""
