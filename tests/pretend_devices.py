@@ -63,6 +63,8 @@ class _Move(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):
             return args[0].to(device=args[1].device, dtype=args[1].dtype)
+        if function is torch.tensor and isinstance(kwargs.get("device"), torch.device):
+            return torch.tensor(*args, **kwargs | {"device": None}).to(kwargs["device"])  # no operation tells of it
         if function is Tensor.cpu and args[0].device.index is not None:
             return torch.tensor(args[0].tolist(), dtype=args[0].dtype).view(args[0].shape)
         return function(*args, **kwargs)

@@ -123,6 +123,11 @@ def test_words_that_look_like_the_template_do_not_mislead() -> None:
     assert answers(messages, tokenizer_of("qwen3")) == [f"{trap}<|im_end|>\n", "\n<|im_end|>\n"]
 
 
+def test_characters_that_stand_for_no_text_may_be_said_too() -> None:
+    messages = [{"role": "user", "content": "\ue000?"}, {"role": "assistant", "content": "a\ue000\ue001b"}]
+    assert answers(messages, tokenizer_of("qwen3")) == ["a\ue000\ue001b<|im_end|>\n"]
+
+
 MARKED = """{%- for m in messages %}<|{{ m.role }}|>
 {%- if m.role == 'assistant' %}{% generation %}<think></think>{{ m.content }}<|user|>{% endgeneration %}
 {%- else %}{{ m.content }}{% endif %}{% endfor %}"""
@@ -242,3 +247,9 @@ def test_who_answers() -> None:
 def test_what_is_not_a_message_of_text_is_refused(turn: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_messages([turn])
+
+
+@pytest.mark.parametrize("turns", ['[{"role": "user"}]', ["who?", "Ada"]])
+def test_what_is_no_list_of_messages_is_named(turns: Any) -> None:
+    with pytest.raises(ValueError, match=r"a conversation must be a list of messages.*json\.loads"):
+        read_messages(turns)

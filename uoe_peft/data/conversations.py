@@ -17,7 +17,7 @@ NOT_ANSWERING = frozenset({"user", "system", "developer", "tool", "function", "i
 _SHARE_GPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 
 
-def read_messages(turns: Sequence[Mapping[str, Any]]) -> list[Message]:
+def read_messages(turns: Sequence[Mapping[str, Any]] | str) -> list[Message]:
     """The messages of a conversation, in TRL's form or in ShareGPT's (`from` and `value`).
 
     Entries that are None are dropped: a table has them wherever another row has the key, and chat templates take a key
@@ -27,8 +27,13 @@ def read_messages(turns: Sequence[Mapping[str, Any]]) -> list[Message]:
         turns: Messages in their order.
 
     Raises:
-        ValueError: A turn has no role, or says something that is not text.
+        ValueError: They are no list of messages, a turn has no role, or says something that is not text.
     """
+    if isinstance(turns, str) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise ValueError(
+            "a conversation must be a list of messages with 'role' and 'content', or 'from' and 'value', got "
+            f"{str(turns)[:60]!r}; parse text with json.loads first"
+        )
     messages = []
     for turn in turns:
         said = _without_none(turn)

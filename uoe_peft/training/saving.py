@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,6 +23,7 @@ from uoe_peft.training.objective.anchor import active_configs, trained_configs
 from uoe_peft.tuner import UOEConfig
 
 _ADAPTER_FILE = "adapter_model.safetensors"
+_CONFIG_FILE = "adapter_config.json"
 
 
 class SavingTrainer(SFTTrainer):
@@ -122,7 +122,7 @@ def check_same_experts(model: PeftModel, folder: Path) -> None:
     """
     for name, place in _places(model, folder).items():
         config = model.peft_config[name]
-        if not isinstance(config, UOEConfig) or not (place / CONFIG_NAME).is_file():
+        if not isinstance(config, UOEConfig) or not (place / _CONFIG_FILE).is_file():
             continue
         saved = UOEConfig.from_pretrained(str(place))
         if saved.target_experts != config.target_experts:

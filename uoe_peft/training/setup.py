@@ -117,7 +117,8 @@ def pair_sets(
     The retain set is shuffled in any case, see `retain_index`; the forget set where `shuffle_dataset` asks for it.
 
     Raises:
-        ValueError: A set cannot be used, see `tokenize_dataset`; or it has no questions to give other answers to.
+        ValueError: A set cannot be used, see `tokenize_dataset`; it has no questions to give other answers to; or it
+            does not fill the one batch that `dataloader_drop_last` would leave.
     """
     extra = {}
     if args.shuffle_dataset:
@@ -140,11 +141,21 @@ def pair_sets(
         )
     else:
         tokenized = prepare_set(forget, processing_class, args, name="forget", formatting_func=formatting_func)
+    _check_a_batch_is_left(tokenized, args)
     kept = None
     if retain is not None and args.needs_retain:
         kept = prepare_set(retain, processing_class, args, name="retain", formatting_func=formatting_func)
         _warn_of_overlap(tokenized, kept)
     return PairedDataset(tokenized, kept, seed=args.seed, extra=extra)
+
+
+def _check_a_batch_is_left(forget: Dataset, args: UnlearningConfig) -> None:
+    batch_size = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(forget) < batch_size:
+        raise ValueError(
+            f"dataloader_drop_last=True leaves out the last batch, and the {len(forget)} rows of the forget set do not "
+            f"fill one of {batch_size}: nothing would be trained; leave it out, or lower per_device_train_batch_size"
+        )
 
 
 def _warn_of_overlap(forget: Dataset, retain: Dataset) -> None:
