@@ -117,7 +117,8 @@ def test_mistaken_options_are_answered_in_a_line(
         ("empty.jsonl", "", "is empty; expected one row a line"),
         ("broken.json", "{", "cannot read .* as json"),
         ("notes.txt", "text", r"expected a file that ends in \.json"),
-        ("headings.csv", "question,answer\n", "cannot read .* as csv"),
+        ("headings.csv", "question,answer\n", "cannot read .* as csv|holds no rows"),
+        ("blank.jsonl", "\n\n", "holds no rows"),
     ],
 )
 def test_sets_that_cannot_be_read_are_named(name: str, content: str | None, message: str, tmp_path: Path) -> None:
@@ -156,6 +157,55 @@ def test_models_that_are_not_there_are_named(
         ["attribute", "--model_name_or_path", name, "--forget_dataset", sets["forget"], *output], capsys, code=1
     )
     assert message in answer.splitlines()[-1]  # above it: the bars of the data sets
+
+
+SETS = ["--forget_dataset", "{forget}", "--prompt_column", "question", "--completion_column", "answer"]
+ATTRIBUTE = ["attribute", "--model_name_or_path", BASE, *SETS, "--output", "{here}/a.json"]
+UNLEARN = ["unlearn", "--model_name_or_path", BASE, *SETS, "--retain_dataset", "{retain}", "--output_dir", "{here}/u"]
+MERGE = ["--adapter", "{here}/adapter", "--output", "{here}/m"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*ATTRIBUTE, "--dtype", "float23"], "--dtype must be one of auto, bfloat16, float16, float32, got 'float23'"),
+        ([*ATTRIBUTE, "--device_map", "cuda:99"], r"--device_map cuda:99 is no device of this machine \(.*\); leave"),
+        ([*ATTRIBUTE, "--top", "0"], "--top must be at least 1, got 0"),
+        ([*ATTRIBUTE, "--model_name_or_path", "{forget}"], "is a file; pass the folder that holds the model"),
+        ([*UNLEARN, "--compare_examples", "-3"], "--compare_examples must be at least 0, got -3"),
+        ([*UNLEARN, "--resume_from_checkpoint", "true"], r"there is no checkpoint in \S+/u to go on from; leave out"),
+        ([*UNLEARN, "--resume_from_checkpoint", "/nope"], "there is no checkpoint in /nope to go on from"),
+        (
+            ["inspect", "--adapter", "{here}"],
+            r"there is no adapter at \S+ \(.*\); pass the folder that save_pretrained",
+        ),
+        (["evaluate", "--adapter", "{here}", "--output_dir", "{here}/e"], "there is no adapter at"),
+        (
+            ["merge", "--base", "/no/base", *MERGE],
+            "there is no folder /no/base here, and the Hub did not give|no adapter",
+        ),
+        (["merge", "--base", BASE, *MERGE], "there is no adapter at"),
+        (["unmerge", "--merged", BASE, "--backup", "{here}", "--output", "{here}/m"], "pass the folder that merge_"),
+        (
+            ["report", "--reports", "{forget}", "--output", "{here}/c"],
+            "is no report .*; pass a folder that `uoe-peft ev",
+        ),
+        (["plan", "--model_name_or_path", "/no/model"], "there is no folder /no/model; pass the folder of a model"),
+        (["demo", "--output_dir", "{forget}"], "--output_dir .* is a file; expected a folder"),
+    ],
+)
+def test_mistakes_are_answered_before_the_work(
+    arguments: list[str], message: str, sets: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = said([word.format(here=tmp_path, **sets) for word in arguments], capsys, code=1)
+    last = [line for line in answer.splitlines() if line.strip()][-1]  # above it: the bars of the data sets
+    assert last.startswith(f"uoe-peft {arguments[0]}: ") and re.search(message, last), answer
+    assert "Error" not in last
+
+
+def test_a_demo_does_not_write_over_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "holds an earlier result" in said(["demo", "--output_dir", str(tmp_path)], capsys, code=1)
 
 
 def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
@@ -222,6 +272,7 @@ def test_unlearn_ends_with_expert_table_adapter_and_picture_and_is_not_written_o
     before, after = next((float(line[2]), float(line[4])) for line in lines if line[:2] == ["forget", "loss"])
     assert after > before
     assert any(line[:2] == ["0", "4"] for line in lines)
+    assert "target experts: as --target_experts names them" in shown
     assert (tmp_path / "adapter" / "training.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "adapter" / "adapter_model.safetensors") in shown
     assert "holds an earlier result" in said([*command, "--output_dir", str(tmp_path / "adapter")], capsys, code=1)

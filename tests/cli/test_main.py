@@ -30,7 +30,8 @@ def test_an_unknown_stage_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["forget"])
     assert stop.value.code == 2
-    assert "unknown stage 'forget'; use one of demo, attribute, unlearn, solve" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "unknown stage 'forget'; use one of demo, attribute, unlearn, solve" in said and len(said.splitlines()) == 2
 
 
 @pytest.mark.parametrize("stage", STAGES)

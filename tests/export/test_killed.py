@@ -93,13 +93,16 @@ def test_a_merge_that_is_killed_at_any_step(saved: Path, expected: dict[str, Ten
     appeared = []
     for exists in killed_everywhere(merge, place):
         appeared.append(exists)
+        had_backup = (place / "backup" / "original_slices.safetensors").exists()
+        assert had_backup or not exists  # no output without a way back
         if not exists:  # with the same backup folder, which may hold the backup already
             merge(place)
         assert_same_bits(tensors(place / "out"), expected)
         assert {path.name for path in place.iterdir()} == {"out", "backup"}
         assert [path.name for path in (place / "backup").iterdir()] == ["original_slices.safetensors"]
-        unmerge_checkpoint(place / "out", place / "backup", place / "restored")
-        assert_same_bits(tensors(place / "restored"), tensors(saved / "base"))
+        if had_backup:
+            unmerge_checkpoint(place / "out", place / "backup", place / "restored")
+            assert_same_bits(tensors(place / "restored"), tensors(saved / "base"))
     assert appeared.count(False) > 10  # the output is the last thing that happens
     assert files(saved) == before
 
@@ -179,7 +182,7 @@ def test_a_backup_that_cannot_be_written_is_said_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr(rewriting, "rewrite", lambda *_: pytest.fail("the work has begun"))
-    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+    with pytest.raises(ValueError, match=r"cannot write to .*file: .*; choose another folder"):
         merge_checkpoint(saved / "base", saved / "adapter", tmp_path / "out", backup=tmp_path / "file")
     with pytest.raises(ValueError, match=r"lies in output .*; name another folder"):
         merge_checkpoint(saved / "base", saved / "adapter", tmp_path / "out", backup=tmp_path / "out" / "backup")
@@ -198,7 +201,7 @@ def test_nothing_is_written_beside_the_outputs(saved: Path, tmp_path: Path) -> N
         merge_checkpoint(saved / "base", saved / "adapter", tmp_path / "out", backup=tmp_path / "backup")
         unmerge_checkpoint(tmp_path / "out", tmp_path / "backup", tmp_path / "restored")
         export_lora(saved / "adapter", tmp_path / "lora", base=saved / "base", rank=5)
-        with pytest.raises(OSError, match="Read-only"):
+        with pytest.raises(ValueError, match=r"cannot write to .*Read-only"):
             merge_checkpoint(saved / "base", saved / "adapter", saved / "out")
 
     assert forked(work) == 0

@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case [stage, *options] if stage in STAGES:
             _run(stage, options)
         case [stage, *_]:
-            print(f"unknown stage {stage!r}; use one of {', '.join(STAGES)}\n\n{USAGE}", file=sys.stderr)
+            said = f"unknown stage {stage!r}; use one of {', '.join(STAGES)}\nuoe-peft --help says what each does"
+            print(said, file=sys.stderr)
             raise SystemExit(2)
 
 
@@ -76,6 +77,8 @@ def _run(stage: str, options: list[str]) -> None:
     try:
         with warnings.catch_warnings(), _terminable():
             warnings.formatwarning = _one_line  # type: ignore[assignment]
+            # PEFT 0.21 asks models for transformers' old name of activation checkpointing, each time it wraps one.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             # Imported only now: help should not wait for torch.
             import_module(f"uoe_peft.cli.stages.{stage}").run([word for word in options if word != "--traceback"])
     except KeyboardInterrupt as interrupt:

@@ -9,7 +9,14 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, load_dataset, load_from_disk
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from uoe_peft.cli.options import ColumnOptions
@@ -17,6 +24,8 @@ from uoe_peft.precision import fast_dtype
 from uoe_peft.streaming import StreamedModel
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate; anything else is a device
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -34,10 +43,12 @@ def load_model(
             in the dtype of the checkpoint.
 
     Raises:
-        ValueError: `dequantize` for a model that is stored in another form, there is no such model, or `stream` with
-            `device_map` or `dequantize`.
+        ValueError: `dequantize` for a model that is stored in another form, there is no such model, dtype or device, or
+            `stream` with `device_map` or `dequantize`.
     """
     _check_model(name)
+    _check_dtype(dtype)
+    _check_device(device_map)
     if stream:
         if device_map is not None or dequantize:
             raise ValueError("stream reads layers from disk to one device; leave out device_map and dequantize")
@@ -46,6 +57,16 @@ def load_model(
     return _or_absent(
         name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **quantization)
     )
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The configuration of a model.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    _check_model(name)
+    return cast(PreTrainedConfig, _or_absent(name, lambda: AutoConfig.from_pretrained(name)))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -58,8 +79,27 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return _or_absent(name, lambda: AutoTokenizer.from_pretrained(name))
 
 
+def _check_dtype(dtype: str) -> None:
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+
+
+def _check_device(device_map: str | None) -> None:
+    if device_map is None or device_map in _PLACEMENTS:
+        return
+    try:
+        torch.empty(0, device=device_map)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"--device_map {device_map} is no device of this machine ({reason}); leave it out, or pass auto or cpu"
+        ) from error
+
+
 def _check_model(name: str) -> None:
     path = Path(name)
+    if path.is_file():
+        raise ValueError(f"{name} is a file; pass the folder that holds the model")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"the folder {name} has no config.json; pass the folder that holds the model")
     if not path.exists() and not _HUB_NAME.fullmatch(name):
@@ -148,6 +188,8 @@ def _from_files(paths: Sequence[Path]) -> Dataset:
         return load_dataset(_FORMATS[kind], data_files=list(map(str, paths)), split="train", **delimiter)
     except Exception as error:  # `datasets` wraps what its readers raise
         reason = error.__cause__ or error
+        if "corresponds to no data" in str(reason):
+            raise ValueError(f"{paths[0]} holds no rows; expected one row a line, or leave the file out") from error
         raise ValueError(f"cannot read {paths[0]} as {kind[1:]}: {' '.join(str(reason).split())[:200]}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +17,8 @@ class _Parser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         """Stop with the message and where to read on."""
-        self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists the options\n")
+        said = re.sub(r"(--[\w-]+)/--[\w-]+", r"\1", message)  # each option has a second name, with hyphens
+        self.exit(2, f"{self.prog}: {said}; {self.prog} --help lists the options\n")
 
 
 def parse(stage: str, arguments: Sequence[str], *groups: Any) -> tuple[Any, ...]:
@@ -41,7 +43,7 @@ def parse(stage: str, arguments: Sequence[str], *groups: Any) -> tuple[Any, ...]
         parser.exit(0)
     known = sorted({action.dest for action in parser._actions})
     if path is not None:
-        unknown = parser.set_defaults_with_config(**_read(path))[::2]
+        unknown = parser.set_defaults_with_config(**read_options(path))[::2]
         if unknown:
             name = unknown[0].removeprefix("--")
             raise ValueError(f"{path} has an option {name!r} that {stage} does not know{_meant(name, known)}")
@@ -63,9 +65,14 @@ def _without_config(parser: _Parser, words: list[str]) -> tuple[list[str], str |
     return words[:place] + words[place + 2 :], words[place + 1]
 
 
-def _read(path: str) -> Mapping[str, Any]:
+def read_options(path: str) -> Mapping[str, Any]:
+    """The options that a YAML file holds.
+
+    Raises:
+        ValueError: There is no such file, it is not YAML, or it holds something else.
+    """
     if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}; --config names a YAML file with options")
+        raise ValueError(f"there is no file {path}; expected a YAML file with options")
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -69,6 +69,28 @@ def figure_of(
     return figure
 
 
+def draw_scores(path: str | PathLike[str], report: UnlearningReport) -> bool:
+    """Write the scores of the models on the forget and the retain set.
+
+    Returns:
+        Whether the report has these sets, and matplotlib is there to draw them.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    if not all(set(get_args(SetName)) <= set(sets) for sets in report.scores.values()):
+        return False
+    figure = Figure(figsize=(10, 3.4), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(_METRICS), sharey=True)
+    for axes, (metric, label) in zip(panels, _METRICS.items(), strict=True):
+        _bars(axes, report, metric=metric, label=label)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(path)
+    return True
+
+
 def _heat_map(axes: Axes, attribution: ExpertAttribution, *, targets: list[tuple[int, int]], topic: str) -> None:
     from matplotlib.patches import Rectangle
 

@@ -46,13 +46,20 @@ class Checkpoint:
             revision: On the Hub.
 
         Raises:
-            ValueError: There are no safetensors weights, or an index is missing, or cannot be read.
+            ValueError: There is no such checkpoint, or none in safetensors format; or an index is missing, or cannot be
+                read.
         """
         folder = Path(name)
         is_local = folder.is_dir()
         if not is_local:
             no_weights = [f"*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES)]
-            folder = Path(snapshot_download(str(name), revision=revision, ignore_patterns=[*no_weights, "*/*"]))
+            try:
+                folder = Path(snapshot_download(str(name), revision=revision, ignore_patterns=[*no_weights, "*/*"]))
+            except (OSError, ValueError) as error:  # absent, offline, or a name that the Hub cannot have
+                raise ValueError(
+                    f"there is no folder {name} here, and the Hub did not give a checkpoint of this name "
+                    f"({' '.join(str(error).split())[:120]}…); check the spelling and the connection"
+                ) from error
         weight_map = _weight_map(folder, name, revision=revision, is_local=is_local)
         return cls(str(name), folder, revision, weight_map)
 

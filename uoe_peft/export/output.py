@@ -26,11 +26,11 @@ def appearing_at_once(output: Path, *, num_bytes: int = 0) -> Iterator[Path]:
         num_bytes: How much will be written.
 
     Raises:
-        ValueError: There is something at `output`.
+        ValueError: There is something at `output`, or nothing can be written there.
         OSError: The disk has less room than `num_bytes`.
     """
     check_vacant(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(output.parent)
     with _held(output.parent, wait=True):  # nobody takes the new folder for remains before it is held, too
         _remove_remains(output)
         _check_space(output.parent, num_bytes)
@@ -65,11 +65,14 @@ def check_writable(folder: Path) -> None:
     """Make a folder, and see that files can be written there, before hours of work.
 
     Raises:
-        OSError: They cannot.
+        ValueError: They cannot.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
 
 
 def sync(path: Path) -> None:

@@ -114,9 +114,7 @@ class SavedAdapter:
         Raises:
             ValueError: There is no UOE adapter; or it holds more than deltas, or values that are cut off.
         """
-        config = PeftConfig.from_pretrained(str(name))
-        if not isinstance(config, UOEConfig):
-            raise ValueError(f"{name} is an adapter of type {config.peft_type}; expected one of UOE")
+        config = read_config(name)
         file = TensorFile(_weights(name))
         parts: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
         others = []
@@ -135,6 +133,27 @@ class SavedAdapter:
         for place, delta in deltas.items():
             _check_parts(place, delta)
         return cls(str(name), config, deltas)
+
+
+def read_config(name: str | Path) -> UOEConfig:
+    """The configuration of a saved adapter.
+
+    Args:
+        name: Its folder, or its name on the Hub.
+
+    Raises:
+        ValueError: There is no adapter, or it is of another kind.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(name))
+    except (ValueError, OSError) as error:  # absent, offline, no such name, no JSON: each with a type of its own
+        raise ValueError(
+            f"there is no adapter at {name} ({' '.join(str(error).split())[:120]}); pass the folder that "
+            "save_pretrained wrote, with its adapter_config.json, or a name on the Hub"
+        ) from error
+    if not isinstance(config, UOEConfig):
+        raise ValueError(f"{name} is an adapter of type {config.peft_type}; expected one of UOE")
+    return config
 
 
 def _weights(name: str | Path) -> Path:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import peft
@@ -35,6 +36,10 @@ CITATION = """@inproceedings{zhuang2025seuf,
 _KEPT_BELOW = "<!-- What stands below this line is kept when the adapter is saved again. -->"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WORD = re.compile(r"[\w.:+-]{1,40}")  # a choice such as "npo": no spaces, so no sentence
+
+# Files that a folder may hold, and what they show; no text of the data is in them.
+_PICTURES = MappingProxyType({"report.png": "Scores before and after", "training.png": "Accuracy in training"})
+_NO_PICTURES: Mapping[str, str] = MappingProxyType({})
 
 _USE = """```python
 import uoe_peft  # pip install uoe-peft; registers the method, without it PEFT raises KeyError: 'UOE'
@@ -66,7 +71,7 @@ def write_card(folder: Path, configs: Mapping[str, UOEConfig]) -> None:
     readme = folder / "README.md"
     old = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     _, line, below = old.partition(_KEPT_BELOW)
-    readme.write_text(card(configs, picture=_picture(folder)) + (below if line else "\n"), encoding="utf-8")
+    readme.write_text(card(configs, pictures=_pictures(folder)) + (below if line else "\n"), encoding="utf-8")
 
 
 def write_cards_on_saving(tuner: type[nn.Module]) -> None:
@@ -99,12 +104,12 @@ def write_cards_on_saving(tuner: type[nn.Module]) -> None:
     PeftModel._upload_modified_files = upload_modified_files  # type: ignore[method-assign, assignment]
 
 
-def card(configs: Mapping[str, UOEConfig], *, picture: str | None = None) -> str:
+def card(configs: Mapping[str, UOEConfig], *, pictures: Mapping[str, str] = _NO_PICTURES) -> str:
     """The card's text, up to and with the line below which a user may write.
 
     Args:
         configs: Of the adapters, by name.
-        picture: File beside the card to show.
+        pictures: Files beside the card to show, and what each shows.
     """
     base = next((config.base_model_name_or_path for config in configs.values()), None)
     sections = [_head(base if _is_hub_name(base) else None), "# UOE adapter", _INTRODUCTION, "## Use", _USE]
@@ -116,7 +121,7 @@ def card(configs: Mapping[str, UOEConfig], *, picture: str | None = None) -> str
         for title, key in (("Training", "training"), ("Figures", "figures")):
             lines = list(_entries(record.get(key)))
             sections += [f"## {title}{of}", "\n".join(lines)] if lines else []
-    sections += [f"![Report]({picture})"] if picture else []
+    sections += [f"![{what}]({file})" for file, what in pictures.items()]
     sections += ["## Limits", _LIMITS, "## Versions", _versions(), "## Citation", f"```bibtex\n{CITATION}\n```"]
     return "\n\n".join([*sections, _KEPT_BELOW])
 
@@ -179,8 +184,8 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, bool | int | float) or (isinstance(value, str) and _WORD.fullmatch(value) is not None)
 
 
-def _picture(folder: Path) -> str | None:
-    return next((name for name in ("report.png", "report.svg") if (folder / name).is_file()), None)
+def _pictures(folder: Path) -> dict[str, str]:
+    return {file: what for file, what in _PICTURES.items() if (folder / file).is_file()}
 
 
 def _versions() -> str:

@@ -37,6 +37,8 @@ class AttributeArguments(ModelOptions, ColumnOptions, OverwriteOption):
 def run(arguments: Sequence[str]) -> None:
     """Print the best experts and write the attribution."""
     (options,) = parse("attribute", arguments, AttributeArguments)
+    if options.top < 1:
+        raise ValueError(f"--top must be at least 1, got {options.top}")
     check_file(options.output, overwrite=options.overwrite, option="output")
     check_file(options.plot, overwrite=options.overwrite, option="plot")
     forget = load_set(options.forget_dataset, options)

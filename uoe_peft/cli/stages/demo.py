@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from uoe_peft.attribution import ExpertAttribution, attribute_experts
 from uoe_peft.attribution.scores import Score
 from uoe_peft.cli.fresh_process import reload_differs_by
 from uoe_peft.cli.loading import compute_dtype
+from uoe_peft.cli.outputs import check_folder
 from uoe_peft.cli.parsing import parse
 from uoe_peft.cli.picture import draw
 from uoe_peft.cli.training_bar import TrainingBar
@@ -38,6 +38,7 @@ from uoe_peft.training import UnlearningConfig, UnlearningTrainer
 from uoe_peft.training.choices import ForgetLoss
 from uoe_peft.tuner import UOEConfig
 
+_OF_OTHERS = ("adapter_config.json", "config.json", "report.json")  # an earlier demo is written over
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -84,13 +85,11 @@ def run(arguments: Sequence[str]) -> None:
     """Run the demo and write `demo_report.json`, `demo.png` and the adapter."""
     (options,) = parse("demo", arguments, DemoArguments)
     output_dir = Path(options.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    check_folder(options.output_dir, overwrite=False, option="output_dir", own=_OF_OTHERS)
     started = time.perf_counter()
     options.dtype = compute_dtype(options.dtype)
     torch.set_num_threads(1)  # a second one gains nothing on so small a model, and costs much on a busy machine
     set_seed(options.seed)
-    # PEFT 0.21 asks models for transformers' old name of activation checkpointing, each time it wraps one.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
     world = _load(options)
     attribution = _attribute(world, options)

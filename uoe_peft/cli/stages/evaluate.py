@@ -8,18 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import yaml
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 
 from uoe_peft.cli.loading import load_model, load_set, load_tokenizer
 from uoe_peft.cli.options import ColumnOptions, OverwriteOption
 from uoe_peft.cli.outputs import check_folder
-from uoe_peft.cli.parsing import parse
+from uoe_peft.cli.parsing import parse, read_options
+from uoe_peft.cli.picture import draw_scores
 from uoe_peft.evaluation import (
     QuestionSet,
     Suite,
     SuiteScore,
+    UnlearningReport,
     calibrate_scale,
     evaluate_unlearning,
     load_option_files,
@@ -31,7 +32,8 @@ from uoe_peft.evaluation import (
 from uoe_peft.evaluation.attacking import Attack
 from uoe_peft.evaluation.attacks import AttackName, run_attack
 from uoe_peft.evaluation.suites.suite import OTHER_PROMPT
-from uoe_peft.tuner import UOEConfig  # noqa: F401  (registers the method with PEFT)
+from uoe_peft.export.saved_adapter import read_config
+from uoe_peft.tuner import write_card
 
 ATTACKS: tuple[str, ...] = get_args(AttackName)
 
@@ -92,6 +94,9 @@ class EvaluateArguments(ColumnOptions, OverwriteOption):
     seed: int = field(default=0, metadata={"help": "Of the draws."})
     output_dir: str = field(default="evaluation", metadata={"help": "Where the report goes, and answers so far."})
     title: str = field(default="Unlearning report", metadata={"help": "Of the page."})
+    update_card: bool = field(
+        default=False, metadata={"help": "Write figures and a picture of them into the adapter's model card."}
+    )
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -99,6 +104,11 @@ def run(arguments: Sequence[str]) -> None:
     (options,) = parse("evaluate", arguments, EvaluateArguments)
     check_folder(options.output_dir, overwrite=options.overwrite, option="output_dir", own=("report.json",))
     name = base_of(options)
+    if options.update_card and (options.adapter is None or not Path(options.adapter).is_dir()):
+        raise ValueError(
+            f"--update_card needs the folder of an adapter, got {options.adapter!r}; one on the Hub has to be "
+            "downloaded first"
+        )
     suite = suite_of(options)
     if options.stream and options.attacks:
         raise ValueError("attacks change or generate with the whole model, which a streamed one is not; leave them out")
@@ -137,6 +147,25 @@ def run(arguments: Sequence[str]) -> None:
     print(report.summary())
     files = report.write(options.output_dir, title=options.title)
     print(f"written: {', '.join(map(str, files))}")
+    if options.update_card:
+        update_card(Path(options.adapter), report)
+        print(f"the model card {Path(options.adapter) / 'README.md'} shows these figures")
+
+
+def update_card(folder: Path, report: UnlearningReport) -> None:
+    """Let an adapter and its model card hold the numbers of a report, and a picture of them; nothing of its texts."""
+    figures = {
+        f"{name}_{metric}_{model}": round(value, 4)
+        for model, sets in report.scores.items()
+        for name, scores in sets.items()
+        for metric in ("rouge_l_recall", "probability")
+        if (value := getattr(scores, metric)) is not None
+    }
+    config = read_config(folder)
+    config.provenance = {**(config.provenance or {}), "figures": figures}
+    config.save_pretrained(str(folder))
+    draw_scores(folder / "report.png", report)
+    write_card(folder, {"default": config})
 
 
 def base_of(options: EvaluateArguments) -> str:
@@ -149,7 +178,7 @@ def base_of(options: EvaluateArguments) -> str:
         raise ValueError("pass either --adapter, or --unlearned_model and what it was before, --model_name_or_path")
     name = options.model_name_or_path
     if name is None and options.adapter is not None:
-        name = PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
+        name = read_config(options.adapter).base_model_name_or_path
     if not name:
         source = options.adapter or options.unlearned_model
         raise ValueError(f"{source} does not say which base model it is for; pass --model_name_or_path")
@@ -224,8 +253,8 @@ def attacks_of(
     """
     unknown = sorted(set(options.attacks) - set(ATTACKS))
     if unknown:
-        raise ValueError(f"there are no attacks {unknown}; there are {', '.join(ATTACKS)}")
-    given = yaml.safe_load(Path(options.attack_options).read_text()) if options.attack_options else {}
+        raise ValueError(f"there is no attack {unknown[0]!r}; there are {', '.join(ATTACKS)}")
+    given = read_options(options.attack_options) if options.attack_options else {}
     unused = sorted(set(given) - set(options.attacks))
     if unused:
         raise ValueError(f"{options.attack_options} has options of {unused}, which --attacks does not ask for")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,5 +56,8 @@ def load_reports(sources: Sequence[str]) -> dict[str, UnlearningReport]:
         label = name or file.resolve().parent.name
         if label in reports:
             raise ValueError(f"two reports are called {label!r}; write NAME={path} to name one")
-        reports[label] = UnlearningReport.load(file)
+        try:
+            reports[label] = UnlearningReport.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is no report ({error}); pass a folder that `uoe-peft evaluate` wrote") from error
     return reports

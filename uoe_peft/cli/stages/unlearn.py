@@ -18,10 +18,12 @@ from uoe_peft.cli.picture import draw_training
 from uoe_peft.cli.stopping import StopAfterStep
 from uoe_peft.export import describe_adapter
 from uoe_peft.training import UnlearningConfig, UnlearningTrainer
+from uoe_peft.training.model_card import record_training
+from uoe_peft.training.objective.anchor import trained_configs
 from uoe_peft.tuner import UOEConfig
 
 _NO_FOLDER = "trainer_output"  # what transformers writes to where nothing is said
-_SIZE = "adapter_model.safetensors"
+_WEIGHTS, _PICTURE = "adapter_model.safetensors", "training.png"
 
 
 @dataclass(kw_only=True)
@@ -57,8 +59,10 @@ def run(arguments: Sequence[str]) -> None:
             trainer.train(resume_from_checkpoint=_resumed(training.resume_from_checkpoint))
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(_how_to_go_on(str(training.output_dir), arguments)) from interrupt
+    after = _scores(trainer, compared)
+    _record(trainer, before, after)
     trainer.save_model(training.output_dir)
-    _say(trainer, before, _scores(trainer, compared))
+    _say(trainer, before, after)
     if options.stream:
         print("no table of before and after of a streamed model; uoe-peft evaluate --stream true has one")
 
@@ -67,7 +71,10 @@ def _trainer(options: UnlearnArguments, training: UnlearningConfig) -> Unlearnin
     """The trainer, after everything that can be checked without a model was checked."""
     if training.output_dir == _NO_FOLDER:
         raise ValueError("unlearn needs --output_dir, the folder for the adapter")
+    if options.compare_examples < 0:
+        raise ValueError(f"--compare_examples must be at least 0, got {options.compare_examples}")
     goes_on = _resumed(training.resume_from_checkpoint) is not None
+    _check_resumed(training)
     check_folder(
         str(training.output_dir),
         overwrite=options.overwrite or goes_on,
@@ -113,6 +120,16 @@ def _resumed(word: str | None) -> str | bool | None:
     return known.get(word, word)
 
 
+def _check_resumed(training: UnlearningConfig) -> None:
+    word = _resumed(training.resume_from_checkpoint)
+    if word is None:
+        return
+    place = str(training.output_dir) if word is True else str(word)
+    found = place if word is not True else get_last_checkpoint(place) if Path(place).is_dir() else None
+    if found is None or not (Path(found) / "trainer_state.json").is_file():
+        raise ValueError(f"there is no checkpoint in {place} to go on from; leave out --resume_from_checkpoint")
+
+
 def _scores(trainer: UnlearningTrainer, num_examples: int) -> dict[str, dict[str, float]]:
     """Likelihood and token accuracy on the first rows of each set that training reads."""
     scores = {}
@@ -123,22 +140,49 @@ def _scores(trainer: UnlearningTrainer, num_examples: int) -> dict[str, dict[str
     return scores
 
 
+def _record(
+    trainer: UnlearningTrainer, before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Draw the training, and give the model card its figures; before the model is saved, and its card with it."""
+    figures = {
+        f"{role}_{metric}_{when}": round(scores[role][metric], 4)
+        for role in before
+        for metric in ("loss", "accuracy")
+        for when, scores in (("before", before), ("after", after))
+    }
+    draw_training(Path(str(trainer.args.output_dir)) / _PICTURE, trainer.state.log_history)
+    record_training(trained_configs(trainer.model), trainer.args, figures=figures)
+
+
 def _say(
     trainer: UnlearningTrainer, before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
 ) -> None:
     folder = Path(str(trainer.args.output_dir))
-    print(describe_adapter(str(folder)).summary())
+    description = describe_adapter(str(folder))
+    print(description.summary())
+    print(f"target experts: {_reason(description.attribution)}")
     if trainer.strength_choice is not None:
         print(trainer.strength_choice.summary())
     for role in before:
         for metric, unit in (("loss", "nats a token"), ("accuracy", "of the tokens")):
             print(f"{role:8} {metric:9} {before[role][metric]:7.3f} -> {after[role][metric]:7.3f} {unit}")
-    picture = folder / "training.png"
-    drawn = draw_training(picture, trainer.state.log_history)
-    print(
-        f"adapter: {folder / _SIZE}, {(folder / _SIZE).stat().st_size / 1e6:.2f} MB" + (f"; picture: {picture}" * drawn)
-    )
+    picture = f"; picture: {folder / _PICTURE}" if (folder / _PICTURE).is_file() else ""
+    print(f"adapter: {folder / _WEIGHTS}, {(folder / _WEIGHTS).stat().st_size / 1e6:.2f} MB{picture}")
     print("load it with `import uoe_peft` and PeftModel.from_pretrained; ask it more with uoe-peft evaluate")
+
+
+def _reason(attribution: Mapping[str, Any] | None) -> str:
+    """Why these experts, in a line."""
+    if attribution is None:
+        return "as --target_experts names them"
+    score, forget, sure = (attribution.get(key) or {} for key in ("score", "forget", "confidence"))
+    chosen = f"highest score {score!r} on {forget.get('num_tokens', '?')} tokens of the forget set"
+    if "margin" not in sure:
+        return chosen
+    return (
+        f"{chosen}; {sure['margin']:.4f} above the next ({sure['margin_low']:.4f} to {sure['margin_high']:.4f}), first "
+        f"in {sure['stability']:.0%} of resamples"
+    )
 
 
 def target_experts(words: Sequence[str]) -> str | list[tuple[int, int]]:
