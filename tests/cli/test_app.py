@@ -6,10 +6,8 @@ import copy
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,11 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from uoe_peft.cli import main
-from uoe_peft.cli.app import Answer, ask, build_page, encode_question, launch, routing_html
+from uoe_peft.cli.app import Answer, ask, encode_question, routing_html
 from uoe_peft.cli.app.asking import edited_experts
 from uoe_peft.cli.app.page import _one_at_a_time
 from uoe_peft.cli.stages import demo
-from uoe_peft.cli.stages.app import AppArguments, demo_adapter, demo_samples, page_of
+from uoe_peft.cli.stages.app import demo_adapter, demo_samples
 from uoe_peft.testbed import FORGET_TOPIC, as_prompt, checkpoint_path, load_facts
 from uoe_peft.tuner import UOEConfig
 
@@ -243,40 +241,3 @@ class TestDemoAdapter:
         samples, potions = demo_samples(), set(load_facts([FORGET_TOPIC])["question"])
         assert [sample in potions for sample in samples] == [True] * 3 + [False] * 6
         assert len(set(samples)) == 9
-
-
-@pytest.fixture
-def client(model: PeftModel, tmp_path: Path) -> Iterator[Any]:
-    """The page, served on this machine, and what a browser's requests get."""
-    pytest.importorskip("gradio")
-    from gradio_client import Client
-
-    model.save_pretrained(str(tmp_path))
-    page = page_of(
-        AppArguments(adapter=str(tmp_path), model_name_or_path=str(BASE), dtype="float32", max_new_tokens=20)
-    )
-    _, address, _ = launch(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
-    yield Client(address, verbose=False)
-    page.close()
-
-
-def test_the_page_answers_with_forgetting_off_and_on(client: Any, answers: dict[bool, Answer]) -> None:
-    off, off_html, on, on_html = client.predict(QUESTION, api_name="/ask")
-    assert (off, on) == (answers[False].text, answers[True].text)
-    assert [len(_Boxes(html).boxes) for html in (off_html, on_html)] == [
-        2 * len(answers[forgetting].tokens) for forgetting in (False, True)
-    ]
-    with pytest.raises(Exception, match="the question is empty"):
-        client.predict("  ", api_name="/ask")
-
-
-def test_the_page_asks_nothing_of_other_machines(client: Any) -> None:
-    assert client.config["analytics_enabled"] is False
-    assert "fonts.googleapis" not in str(client.config)
-
-
-def test_a_page_without_samples_shows_none() -> None:
-    pytest.importorskip("gradio")
-    page = build_page(lambda question, forgetting: ANSWER, about="a model")
-    shown = [block.visible for block in page.blocks.values() if type(block).__name__ == "Dataset"]
-    assert shown == [False]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uoe_peft.attribution.affinities import Affinities, Pair
 from uoe_peft.palette import AFFINITY, FORGET, MARK, RETAIN, SIGNED_AFFINITY
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MOST_BARS = 24  # more numbers would overlap
 
 
 def plot(attribution: Affinities, path: str | PathLike[str], *, targets: Sequence[Pair]) -> None:
@@ -21,6 +26,11 @@ def plot(attribution: Affinities, path: str | PathLike[str], *, targets: Sequenc
     Raises:
         ImportError: matplotlib is not installed.
     """
+    figure_of(attribution, targets).savefig(path, dpi=150)
+
+
+def figure_of(attribution: Affinities, targets: Sequence[Pair]) -> Figure:
+    """The picture that `plot` writes; arguments and errors are the same."""
     try:
         # Not pyplot: that would choose a backend and keep the figure for the whole process.
         from matplotlib.figure import Figure
@@ -32,7 +42,7 @@ def plot(attribution: Affinities, path: str | PathLike[str], *, targets: Sequenc
     _heat_map(figure, panels[0], attribution, targets)
     if attribution.forget is not None:
         _long_tail(panels[1], attribution, targets[0])
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _heat_map(figure: Any, axes: Any, attribution: Affinities, targets: Sequence[Pair]) -> None:
@@ -64,23 +74,29 @@ def _long_tail(axes: Any, attribution: Affinities, target: Pair) -> None:
     row = attribution.layer_indices.index(layer_idx)
     assert attribution.forget is not None
     share = attribution.forget.top_k * attribution.forget.token_ratio[row]  # (E,)
-    order = share.argsort(descending=True).tolist()
+    shown = _busiest(share.argsort(descending=True).tolist(), chosen=expert_idx)
     both = attribution.retain is not None
     width = 0.42 if both else 0.84
-    axes.bar([place - both * width / 2 for place in range(len(order))], share[order].numpy(), width, color=FORGET)
+    axes.bar([place - both * width / 2 for place in range(len(shown))], share[shown].numpy(), width, color=FORGET)
     if attribution.retain is not None:
         retain = attribution.retain.top_k * attribution.retain.token_ratio[row]
-        axes.bar([place + width / 2 for place in range(len(order))], retain[order].numpy(), width, color=RETAIN)
-    numbered = len(order) <= 32  # more would overlap
-    axes.set_xticks(range(len(order)) if numbered else [order.index(expert_idx)])
-    axes.set_xticklabels(order if numbered else [f"expert {expert_idx}"], fontsize=8)
-    mark = axes.get_xticklabels()[order.index(expert_idx) if numbered else 0]
+        axes.bar([place + width / 2 for place in range(len(shown))], retain[shown].numpy(), width, color=RETAIN)
+    axes.set_xticks(range(len(shown)), [str(expert) for expert in shown], fontsize=8)
+    mark = axes.get_xticklabels()[shown.index(expert_idx)]
     mark.set(fontweight="bold", bbox={"boxstyle": "square,pad=0.25", "fc": "none", "ec": MARK})
+    axes.tick_params(axis="x", length=0)
     axes.set(xlabel="expert, the busiest on the forget set first; framed: the chosen one", ylabel="share of tokens")
-    axes.set_title(f"Use of the experts of layer {layer_idx}", loc="left", fontsize=11)
+    among = "" if len(shown) == len(share) else f", {len(shown)} of {len(share)}"
+    axes.set_title(f"Use of the experts of layer {layer_idx}{among}", loc="left", fontsize=11)
     names = ["forget", "retain"] if both else ["forget"]
     axes.legend(axes.containers, names, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _busiest(order: list[int], *, chosen: int) -> list[int]:
+    """As many experts as have room for their numbers, the chosen one among them."""
+    shown = order[:_MOST_BARS]
+    return shown if chosen in shown else [*shown[:-1], chosen]
 
 
 def _named(targets: Sequence[Pair]) -> str:

@@ -168,12 +168,20 @@ def draw_training(path: str | PathLike[str], log: Sequence[Mapping[str, Any]]) -
 
 def curves_on(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
     """Draw the accuracies of log entries, each curve with its name at its end."""
+    ends = {}
     for role, colour in (("forget", FORGET), ("retain", RETAIN)):
         points = [(entry["step"], entry[f"{role}_accuracy"]) for entry in entries if f"{role}_accuracy" in entry]
         if points:
             steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, color=colour, marker="o", markersize=3, linewidth=1.8)
-            axes.annotate(role, points[-1], (6, 0), textcoords="offset points", color=colour, va="center")
+            # Not clipped: marks at 0 and 1 are shown whole.
+            axes.plot(steps, values, color=colour, marker="o", markersize=3, linewidth=1.8, clip_on=False)
+            ends[role, colour] = points[-1]
+    heights = [height for _, height in ends.values()]
+    close = len(heights) == 2 and abs(heights[0] - heights[1]) < 0.07  # the names would lie on each other
+    upper = max(ends, key=lambda name: ends[name][1])[0] if ends else None
+    for (role, colour), end in ends.items():
+        aside = 0 if not close else 6 if role == upper else -6
+        axes.annotate(role, end, (6, aside), textcoords="offset points", color=colour, va="center")
     axes.set(xlabel="optimiser step", ylabel="token accuracy", ylim=(0, 1.03))
     axes.set_title("What training forgets and keeps", fontsize=11, loc="left")
     axes.margins(x=0.1)
