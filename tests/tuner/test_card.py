@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from tests.tuner.conftest import make_config
-from uoe_peft.tuner import UOEConfig, write_card
+from uoe_peft.tuner import UOEConfig, UOEModel, write_card
+from uoe_peft.tuner.card import write_cards_on_saving
 
 RECORD = {
     "forgets": "The plots of a series of novels.\nAsked for by its author.",
@@ -54,6 +55,24 @@ def test_a_local_base_is_never_named(qwen: PreTrainedModel, tmp_path: Path, monk
         text = (tmp_path / "README.md").read_text()
         assert "base_model" not in parts(text)[0] and (name is None or name not in text)
         assert "Not stated." in text
+
+
+def test_a_rank_is_said_of_low_rank_deltas_alone(tmp_path: Path) -> None:
+    for options, line in (
+        ({}, "- deltas: full\n"),
+        ({"delta_type": "low_rank", "r": 4, "uoe_alpha": 8}, "- deltas: low_rank, rank 4, scale 8 / 4\n"),
+        ({"delta_type": "low_rank", "r": 4, "use_rslora": True}, "- deltas: low_rank, rank 4, scale 32 / √4\n"),
+    ):
+        write_card(tmp_path, {"default": UOEConfig(target_experts=[(2, 1)], **options)})
+        assert line in (tmp_path / "README.md").read_text()
+
+
+def test_pefts_methods_are_replaced_once_and_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("create_or_update_model_card", "_upload_modified_files"):
+        method = getattr(PeftModel, name)
+        monkeypatch.setattr(PeftModel, name, method)  # put back afterwards
+        write_cards_on_saving(UOEModel)
+        assert getattr(PeftModel, name) is method and method.__name__ == name
 
 
 def test_what_stands_below_the_line_is_kept_and_the_rest_is_current(tmp_path: Path) -> None:

@@ -72,8 +72,10 @@ def test_linear_sums_are_exact_whatever_the_base_is_stored_in(
             found = layer.get_delta_weight("mixed", projection, index)
             assert found.dtype == torch.float32
             torch.testing.assert_close(found.double(), expected[place, projection, index], rtol=1e-5, atol=1e-6)
+    config = model.peft_config["mixed"]
+    assert config.delta_type == config.router_delta_type == ("low_rank" if kwargs else "full")
     if kwargs:
-        assert model.peft_config["mixed"].r == 5
+        assert config.r == 5
 
 
 def test_sums_of_transposed_low_rank_deltas(models: dict[str, PreTrainedModel], logits: Logits) -> None:

@@ -142,6 +142,25 @@ def test_the_callers_config_is_not_changed(qwen: PreTrainedModel) -> None:
     assert config.strength == model.peft_config["default"].strength == 1.0
 
 
+@pytest.mark.parametrize("name", ["another", "second"])
+def test_an_injection_that_fails_leaves_the_active_adapter_active(
+    qwen: PreTrainedModel, logits: Logits, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = get_peft_model(qwen, make_config(qwen)).eval()
+    randomise(model)
+    said = logits(model)
+
+    def fail(layer: UOELayer, adapter_name: str, init_weights: bool | str) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(UOELayer, "reset_uoe_parameters", fail)
+        model.base_model.add_weighted_adapter(["default"], [1.0], name)
+    layers = [module for module in model.modules() if isinstance(module, UOELayer)]
+    assert layers and all(layer.active_adapters == ["default"] for layer in layers)
+    assert set(model.peft_config) == {"default"} and torch.equal(logits(model), said)
+
+
 def test_an_injection_that_fails_leaves_no_wrapper(
     qwen: PreTrainedModel, logits: Logits, monkeypatch: pytest.MonkeyPatch
 ) -> None:

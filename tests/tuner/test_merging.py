@@ -59,6 +59,22 @@ def test_a_merge_that_fails_inside_a_layer_leaves_it_as_it_was(
         assert same(untouched, base_state(model))
 
 
+def test_slices_are_kept_aside_in_the_dtype_that_they_have_now(qwen: PreTrainedModel) -> None:
+    model = get_peft_model(qwen, make_config(qwen))
+    randomise(model)
+    exact = base_state(model)
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        for name, tensor in model.state_dict().items():
+            if ".uoe_" not in name:
+                tensor.copy_(exact[name.replace(".base_layer", "")])
+        before = base_state(model)
+        model.merge_adapter()
+        assert not same(before, base_state(model))
+        model.unmerge_adapter()
+        assert same(before, base_state(model))
+
+
 def test_an_adapter_named_twice_is_merged_once(qwen: PreTrainedModel, logits: Logits) -> None:
     model = get_peft_model(qwen, make_config(qwen)).eval()
     randomise(model)

@@ -8,12 +8,40 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from tests.tuner.conftest import make_config, randomise
 from uoe_peft.moe import find_moe_blocks
+from uoe_peft.tuner.mixed_batches import AppliedGroup, copies_per_sample
+from uoe_peft.tuner.router import _select
 
 Logits = Callable[..., Tensor]
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6,), (2, 3, 5)])
+def test_rows_of_a_routers_output_are_its_samples(shape: tuple[int, ...]) -> None:
+    group = AppliedGroup(["default"], [False, True])
+    found = _select(group, torch.ones(shape), torch.zeros(shape))
+    assert found.shape == shape
+    assert found.flatten().tolist() == [0.0] * (found.numel() // 2) + [1.0] * (found.numel() // 2)
+
+
+def test_rows_that_samples_do_not_divide_are_refused() -> None:
+    group = AppliedGroup(["default"], [False, True])
+    with pytest.raises(ValueError, match="2 entries, which does not divide 3 tokens"):
+        _select(group, torch.ones(3, 4), torch.zeros(3, 4))
+
+
+def test_a_model_makes_one_answer_of_a_sample_unless_it_is_told() -> None:
+    model = torch.nn.Module()
+    assert copies_per_sample(model, {}) == 1
+    assert copies_per_sample(model, {"num_beams": 1, "num_return_sequences": 2}) == 2
+    assert copies_per_sample(model, {"num_beams": 3, "num_return_sequences": 2}) == 3
+    config = GenerationConfig(num_return_sequences=5, do_sample=True)
+    assert copies_per_sample(model, {"generation_config": config}) == 5
+    assert copies_per_sample(model, {"generation_config": config, "num_return_sequences": 2}) == 2
+    model.generation_config = config
+    assert copies_per_sample(model, {}) == 5
 
 
 @pytest.fixture
@@ -38,6 +66,12 @@ def test_names_must_be_one_for_each_sample(adapted: PeftModel, input_ids: Tensor
     with pytest.raises(ValueError, match="entries for a batch of"):
         adapted.generate(input_ids=input_ids, adapter_names=names, max_new_tokens=1, pad_token_id=0)
     assert not adapted.get_base_model()._forward_pre_hooks  # nothing of a failed batch stays
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe"], indirect=True)
+def test_where_adapters_are_off_every_sample_is_the_bases(adapted: PeftModel, logits: Logits) -> None:
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted, adapter_names=["default", "other", "__base__"]), logits(adapted))
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe"], indirect=True)

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 
-from tests.families import build
+from tests.families import build, token_ids
+from tests.families import logits as family_logits
 from tests.tuner.conftest import hand_edited, make_config, randomise
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe import find_moe_blocks
@@ -30,6 +31,18 @@ def test_offloaded_weights_are_refused_at_injection(qwen: PreTrainedModel) -> No
     with pytest.raises(UnsupportedModelError, match=r"cannot edit model.layers.\d.mlp.experts .* are offloaded"):
         get_peft_model(offloaded, make_config(build("qwen2_moe")))
     assert not any(isinstance(module, UOELayer) for module in qwen.modules())
+
+
+@pytest.mark.parametrize("owner", ["", "model", "model.layers", "model.layers.2", "model.layers.2.mlp", "experts"])
+def test_weights_that_a_hook_of_any_parent_brings_in_are_offloaded(qwen: PreTrainedModel, owner: str) -> None:
+    config = make_config(qwen)
+    experts = find_moe_blocks(qwen)[-1].experts.to("meta")
+    holder = experts if owner == "experts" else qwen.get_submodule(owner)
+    holder._hf_hook = types.SimpleNamespace(hooks=[types.SimpleNamespace(), types.SimpleNamespace(offload=True)])
+    with pytest.raises(UnsupportedModelError, match=r"cannot edit model.layers.2.mlp.experts .* are offloaded"):
+        get_peft_model(qwen, config)
+    del holder._hf_hook
+    get_peft_model(qwen, config)  # a model without weights, as for counting parameters
 
 
 def test_a_dispatched_model_is_edited_as_any_other(qwen: PreTrainedModel, logits: Logits) -> None:
@@ -113,6 +126,17 @@ def test_zero_expert_refuses_experts_with_biases(models: dict[str, PreTrainedMod
     for base in (copy.deepcopy(models["gpt_oss"]), build("nllb_moe")):
         with pytest.raises(ValueError, match=r"cannot silence the experts of .*: they have biases"):
             get_peft_model(base, make_config(base, init_weights="zero_expert"))
+
+
+@pytest.mark.parametrize("projections", [None, ["up_proj", "down_proj"], ["gate_proj", "down_proj"]])
+def test_zero_expert_silences_an_expert_of_three_modules(projections: list[str] | None) -> None:
+    base, silenced = build("listed, router module"), build("listed, router module")
+    find_moe_blocks(silenced)[-1].experts[1].down_proj.weight.data.zero_()
+    options = {"init_weights": "zero_expert", "train_router": False, "target_projections": projections}
+    model = get_peft_model(base, make_config(base, **options))
+    torch.testing.assert_close(family_logits(model, token_ids()), family_logits(silenced, token_ids()))
+    with pytest.raises(ValueError, match="needs 'down_proj' among target_projections"):
+        get_peft_model(silenced, make_config(silenced, **options | {"target_projections": ["gate_proj", "up_proj"]}))
 
 
 def test_zero_expert_silences_what_lies_under_a_merged_adapter(qwen: PreTrainedModel, logits: Logits) -> None:

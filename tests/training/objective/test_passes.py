@@ -25,6 +25,8 @@ NEEDS = [
 
 
 def objective(*, has_adapter=True, **options):
+    # Strings as a parser makes them: equal to the code's own, but not the same objects.
+    options = {name: "".join(value) if isinstance(value, str) else value for name, value in options.items()}
     return Objective(make_args(**options), SimpleNamespace(has_adapter=has_adapter, hidden_layer=3), targets={})
 
 
@@ -43,6 +45,13 @@ def test_hidden_states_are_kept_for_losses_that_read_them(forget_loss, retain_lo
     found = objective(forget_loss=forget_loss, retain_loss=retain_loss)
     assert found.forget_layer == (3 if forget_loss == "rmu" else None)
     assert found.retain_layer == (3 if retain_loss == "embed_diff" else None)
+
+
+@pytest.mark.parametrize(("hidden", "direction"), [(None, torch.ones(4)), (torch.ones(3, 4), None)])
+def test_rmu_says_what_it_lacks(hidden, direction):
+    found = replace(objective(forget_loss="rmu", rmu_coefficient=1.0), direction=direction)
+    with pytest.raises(RuntimeError, match="rmu needs hidden states and a direction"):
+        found.forget(None, {"forget": {}}, SimpleNamespace(hidden=hidden), {}, {})
 
 
 def test_options_are_passed_by_name():
@@ -68,20 +77,24 @@ def test_terms_of_weight_zero_are_not_computed(make_trainer, build):
         assert set(step_of(trainer)[1].terms) == names
 
 
-def test_likelihoods_and_accuracies_are_the_models(make_trainer, build):
+def test_likelihoods_accuracies_and_rates_are_the_models(make_trainer, build):
     trainer = make_trainer(build.uoe(build.model()))
     batches, step = step_of(trainer)
-    for role in ("forget", "retain"):
-        log_p, hits = [], []
+    for role, rate in (("forget", "target_activation_rate"), ("retain", "retain_activation_rate")):
+        log_p, hits, reached = [], [], []
         for ids, labels in zip(batches[role]["input_ids"], batches[role]["labels"], strict=True):
+            ids = ids[ids != 0]
             with torch.no_grad():
-                logits = trainer.model(input_ids=ids[None]).logits[0]
+                outputs = trainer.model(input_ids=ids[None], output_router_logits=True)
+            logits = outputs.logits[0]
+            reached += [2 in chosen for chosen in outputs.router_logits[1].topk(3).indices.tolist()]
             for t in range(1, len(ids)):
                 if labels[t] != -100:
                     log_p.append(logits[t - 1].log_softmax(-1)[labels[t]].item())
                     hits.append(logits[t - 1].argmax().item() == labels[t].item())
         assert step.metrics[f"{role}_nll"].item() == pytest.approx(-sum(log_p) / len(log_p), rel=1e-4)
         assert step.metrics[f"{role}_accuracy"].item() == pytest.approx(sum(hits) / len(hits))
+        assert step.metrics[rate].item() == pytest.approx(sum(reached) / len(reached))
         assert not step.metrics[f"{role}_nll"].requires_grad
 
 
