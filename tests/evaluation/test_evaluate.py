@@ -191,18 +191,25 @@ def nll_of(model: Any, tokenizer: PreTrainedTokenizerFast, prompt: str, answer: 
     return total / len(answers)
 
 
+def in_float64(model: Qwen2MoeForCausalLM) -> Qwen2MoeForCausalLM:
+    """The model itself; the grouped kernel has no float64."""
+    model.set_experts_implementation("eager")
+    return model.double()
+
+
 def test_tofu_metrics_equal_an_independent_computation(
     taught_model: Qwen2MoeForCausalLM, sets: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    model = get_peft_model(deepcopy(taught_model), UOEConfig(target_experts=[(1, 2), (0, 4)]))
+    # In float64, so that passes of a batch and of one token at a time give the same outputs.
+    model = get_peft_model(in_float64(deepcopy(taught_model)), UOEConfig(target_experts=[(1, 2), (0, 4)]))
     for name, parameter in model.named_parameters():
         if ".uoe_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    model.eval()
+    model.double().eval()
     rows = {"forget": with_alternatives(sets["forget_dataset"], "mira")}
     rows["retain"] = with_alternatives(sets["retain_dataset"], "tomas")
     suite = plain_suite(rows["forget"], rows["retain"], by=("subject",))
-    retrained = teach(new_model(tokenizer), sets["retain_dataset"], tokenizer)
+    retrained = in_float64(teach(new_model(tokenizer), sets["retain_dataset"], tokenizer))
     report = evaluate_unlearning(model, suite, processing_class=tokenizer, retrained_model=retrained, max_new_tokens=10)
     assert report.examples is not None
     models = {"unlearned": model, "retrained": retrained}
@@ -214,10 +221,10 @@ def test_tofu_metrics_equal_an_independent_computation(
             other = nll_of(asked, tokenizer, truth["prompt"], truth["paraphrased_completion"])
             false = [nll_of(asked, tokenizer, truth["prompt"], answer) for answer in truth["perturbed_completions"]]
             ratio = math.exp(-sum(false) / 2) / math.exp(-other)
-            assert row[f"probability_{name}"] == pytest.approx(math.exp(-own), rel=1e-4, abs=1e-6)
-            assert row[f"truth_ratio_{name}"] == pytest.approx(ratio, rel=1e-3)
+            assert row[f"probability_{name}"] == pytest.approx(math.exp(-own), abs=1e-6)
+            assert row[f"truth_ratio_{name}"] == pytest.approx(ratio, rel=1e-6, abs=1e-6)
             among = math.exp(-own) / (math.exp(-own) + sum(math.exp(-value) for value in false))
-            assert row[f"probability_w_options_{name}"] == pytest.approx(among, rel=1e-3)
+            assert row[f"probability_w_options_{name}"] == pytest.approx(among, abs=1e-6)
             if row["set"] == "forget":
                 ratios[name].append(row[f"truth_ratio_{name}"])
     best = [min(ratio, 1 / ratio) for ratio in ratios["unlearned"]]

@@ -175,7 +175,7 @@ def test_tables_hold_hostile_text() -> None:
 
 def test_reports_side_by_side() -> None:
     table = side_by_side({"one": FULL, "two": replace(FULL, scores={**FULL.scores, "unlearned": FULL.scores["base"]})})
-    names = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
+    names = [line.split(" | ")[0].removeprefix("| ") for line in table.split("\n\n")[0].splitlines()[2:]]
     assert names == ["base", "one", "one, calibrated", "two", "two, calibrated", "retrained"]
     assert "one" in render_comparison({"one": FULL}, title="t")
     with pytest.raises(ValueError, match="only evaluations of the same suite"):
@@ -220,11 +220,22 @@ def test_the_way_of_an_attack_is_shown() -> None:
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
 def test_a_phone_needs_no_sideways_scrolling(tmp_path: Path) -> None:
-    probe = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
-    (tmp_path / "a.html").write_text(FULL.html().replace("</body>", probe))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,800", "--dump-dom"]
-    shown = subprocess.run(
-        [*command, f"file://{tmp_path}/a.html"], capture_output=True, text=True, timeout=120, check=True
+    """In frames of a phone's width: a window of the browser itself is never so narrow."""
+    reports = {"one expert of the first layer": attacked(0.42, twin=0.06), "lora": attacked(0.11)}
+    pages = [FULL.html(), attacked(0.3, twin=0.1).html(), render_comparison(reports, title="t")]
+    probe = (
+        "<script>parent.postMessage(document.documentElement.scrollWidth + ' of ' + innerWidth, '*')</script></body>"
     )
-    (width, of) = re.findall(r"<title>(\d+) of (\d+)</title>", shown.stdout)[0]
-    assert int(width) <= int(of)
+    frames = ""
+    for place, page in enumerate(pages):
+        (tmp_path / f"{place}.html").write_text(page.replace("</body>", probe))
+        frames += f'<iframe src="{place}.html" style="width:390px;border:0"></iframe>'
+    tell = "<script>onmessage = told => document.title += told.data + ';'</script>"
+    (tmp_path / "all.html").write_text(f"<html><head><title></title>{tell}</head><body>{frames}</body></html>")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += ["--virtual-time-budget=2000", "--dump-dom"]
+    shown = subprocess.run(
+        [*command, f"file://{tmp_path}/all.html"], capture_output=True, text=True, timeout=120, check=True
+    )
+    widths = re.findall(r"(\d+) of (\d+);", shown.stdout)
+    assert widths == [("390", "390")] * len(pages)

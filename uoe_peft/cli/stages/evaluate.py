@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 
 from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from uoe_peft.cli.loading import load_model, load_set, load_tokenizer
 from uoe_peft.cli.options import ColumnOptions, OverwriteOption
@@ -116,7 +117,7 @@ def run(arguments: Sequence[str]) -> None:
     load = partial(load_model, dtype=options.dtype, device_map=options.device_map, stream=options.stream)
     base = load(name).eval()
     model = PeftModel.from_pretrained(base, options.adapter).eval() if options.adapter else None
-    unlearned = load(options.unlearned_model).eval() if options.unlearned_model else None
+    trained_in_full = None if model else load(cast(str, options.unlearned_model)).eval()
     asked = {"batch_size": options.batch_size, "max_length": options.max_length, "seed": options.seed}
     asked["max_new_tokens"] = options.max_new_tokens
     attacks, suite = attacks_of(options, suite, tokenizer, base=None if model else base)
@@ -132,7 +133,7 @@ def run(arguments: Sequence[str]) -> None:
             forget_limit=options.forget_limit,
         )
     report = evaluate_unlearning(
-        model or unlearned,
+        model or cast(PreTrainedModel, trained_in_full),
         suite,
         processing_class=tokenizer,
         base_model=None if model else base,

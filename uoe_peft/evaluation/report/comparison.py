@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
 from uoe_peft.evaluation.report import elements
 from uoe_peft.evaluation.report.markdown import along, cell, is_sweep, number, table
-from uoe_peft.evaluation.report.pictures import COLOURS, Bar, bars, frontier
+from uoe_peft.evaluation.report.pictures import COLOURS, Bar, frontier
 from uoe_peft.palette import RETRAINED
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def scores(reports: Mapping[str, UnlearningReport]) -> Table:
             )
     names = sorted({name for report in reports.values() for own in report.metrics.values() for name in own})
     rows = []
-    for called, report, model in _compared(reports):
+    for called, _, report, model in _compared(reports):
         own = report.metrics.get(model, {})
         cells = [cell(report.scores[model][part]) for part in report.roles]
         rows.append([called, *cells, *(number(own.get(name)) for name in names)])
@@ -125,36 +125,36 @@ def _attack_section(reports: Mapping[str, UnlearningReport]) -> str:
         own = [_bar(model, measure, name) for model in attacked if name in model.results]
         if not any(is_sweep(model.results[name]) for model in attacked if name in model.results):  # it ends at the base
             groups.append((name, own))
-    drawn = bars(groups, title=f"{measure} after each attack")
     notes = "".join(f"<p>{escape(line)}</p>" for line in unequal_budgets(reports))
     return (
         f"<h2>Attacks</h2><p>What comes back: {escape(measure)} after each attack, with equal budgets. What an attack "
         '"recovers" of the retrained model, which never knew it, is the baseline.</p>'
         f"{elements.key({model.label: model.colour for model in attacked})}"
-        f'<div class="grid">{elements.figure("After each attack", drawn)}</div>{elements.table(head, rows)}{notes}'
+        f"{elements.bar_figures(groups, caption=f'{measure} after')}{elements.table(head, rows)}{notes}"
     )
 
 
-def _compared(reports: Mapping[str, UnlearningReport]) -> Iterable[tuple[str, UnlearningReport, ModelName]]:
-    first = next(iter(reports.values()))
-    yield "base", first, "base"
+def _compared(reports: Mapping[str, UnlearningReport]) -> Iterator[tuple[str, str, UnlearningReport, ModelName]]:
+    """What each row is called, its report's name, the report, and which of its models."""
+    label, first = next(iter(reports.items()))
+    yield "base", label, first, "base"
     for label, report in reports.items():
-        yield label, report, "unlearned"
+        yield label, label, report, "unlearned"
         if "calibrated" in report.scores:
-            yield f"{label}, calibrated", report, "calibrated"
-    twin = next((report for report in reports.values() if "retrained" in report.scores), None)
+            yield f"{label}, calibrated", label, report, "calibrated"
+    twin = next(((label, report) for label, report in reports.items() if "retrained" in report.scores), None)
     if twin:
-        yield "retrained", twin, "retrained"
+        yield "retrained", *twin, "retrained"
 
 
 def _attacked(reports: Mapping[str, UnlearningReport]) -> list[_Attacked]:
     colours = {label: _PALETTE[place % len(_PALETTE)] for place, label in enumerate(reports)}
     found = []
-    for called, report, model in _compared(reports):
+    for called, label, report, model in _compared(reports):
         results = {run.result.name: run.result for run in report.attacks if run.model == model}
         if results:
-            label = called.removesuffix(", calibrated")
-            found.append(_Attacked(called, RETRAINED if model == "retrained" else colours[label], results))
+            own = {"retrained": RETRAINED, "calibrated": f"{colours[label]}88"}  # paler where the adapter is weaker
+            found.append(_Attacked(called, own.get(model, colours[label]), results))
     return found
 
 

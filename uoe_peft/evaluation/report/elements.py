@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from uoe_peft.evaluation.report.pictures import Bar, bars
 from uoe_peft.evaluation.report.style import STYLE
 
 
@@ -22,6 +23,13 @@ def page(title: str, parts: Iterable[str]) -> str:
 def figure(caption: str, drawn: str) -> str:
     """A picture with its caption."""
     return f"<figure><figcaption>{escape(caption)}</figcaption>{drawn}</figure>"
+
+
+def bar_figures(groups: Sequence[tuple[str, Sequence[Bar]]], *, caption: str, per_figure: int = 5) -> str:
+    """Groups of bars in a grid of figures, so that many of them fill a desk's width and not its height."""
+    parts = [groups[start : start + per_figure] for start in range(0, len(groups), per_figure)]
+    drawn = [figure(caption, bars(part, title=f"{caption}: {', '.join(name for name, _ in part)}")) for part in parts]
+    return f'<div class="grid">{"".join(drawn)}</div>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

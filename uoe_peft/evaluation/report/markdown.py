@@ -56,20 +56,23 @@ def number(value: float | None) -> str:
 
 
 def attack_table(report: UnlearningReport) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: all measures before and after, and the first one along the way; empty without attacks."""
+    """Head and rows: all measures before and after, and where there is a curve, the first one along it."""
     if not report.attacks:
         return [], []
     names = list(report.attacks[0].result.before)
-    head = ["attack", "model", "scale", *(f"{name}: before → after" for name in names), f"{names[0]} along the way"]
+    order = list(dict.fromkeys(run.result.name for run in report.attacks))
+    curves = any(run.result.curve for run in report.attacks)
+    head = ["attack", "model", "scale", *(f"{name}: before → after" for name in names)]
+    head += [f"{names[0]} along the way"] if curves else []
     rows = [
         [
             run.result.name,
             run.model,
             f"{run.scale:.2f}",
             *(f"{number(run.result.before.get(name))} → {number(run.result.after.get(name))}" for name in names),
-            along(run.result, measures=lambda point: number(point.get(names[0]))),
+            *([along(run.result, measures=lambda point: number(point.get(names[0])))] if curves else []),
         ]
-        for run in report.attacks
+        for run in sorted(report.attacks, key=lambda run: order.index(run.result.name))
     ]
     return head, rows
 

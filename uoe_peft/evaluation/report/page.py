@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from uoe_peft.evaluation.report.elements import figure, key, page, table
+from uoe_peft.evaluation.report.elements import bar_figures, figure, key, page, table
 from uoe_peft.evaluation.report.markdown import MODEL_NAMES, SHOWN, attack_table, is_sweep, number
 from uoe_peft.evaluation.report.pictures import COLOURS, Bar, bars, frontier, heat_map
 
@@ -47,7 +47,7 @@ def _head(report: UnlearningReport, title: str) -> str:
             kept = "kept" if verdict.kept else "not kept"
             lines.append(
                 f"<p><b>{escape(MODEL_NAMES[model])}</b>: the forget sets are {gone} (+ 0.05); "
-                f"95 % of the base model's score on every retain set is {kept}.</p>"
+                f"95\u00a0% of the base model's score on every retain set is {kept}.</p>"
             )
     lines.append(f'<p class="quiet">This is what the models say when asked plainly; {hidden}</p>')
     return "\n".join(lines)
@@ -111,11 +111,11 @@ def _attacks(report: UnlearningReport) -> str:
         after = run.result.after.get(shown, 0.0)
         text = f"{run.result.before.get(shown, 0.0):.2f} → {after:.2f}"
         groups.setdefault(run.result.name, []).append(Bar(after, COLOURS[run.model], text))
-    drawn = bars(list(groups.items()), title=f"{shown} after each attack")
     return (
         f'<h2>Attacks</h2><p>What comes back: {escape(shown)} after each attack. What an attack "recovers" of the '
-        f'retrained model, which never knew it, is the baseline.</p>{_key(report)}<div class="grid">'
-        f"{figure('After each attack', drawn)}</div>{table(*attack_table(report))}"
+        f"retrained model, which never knew it, is the baseline.</p>"
+        f"{key({MODEL_NAMES[model]: COLOURS[model] for model in dict.fromkeys(run.model for run in report.attacks)})}"
+        f"{bar_figures(list(groups.items()), caption=f'{shown} after')}{table(*attack_table(report))}"
     )
 
 

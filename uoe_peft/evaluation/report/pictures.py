@@ -29,14 +29,16 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]], *, title: str) -> str:
         title: What the picture shows, for who cannot see it.
     """
     parts, y = [], 4
+    longest = max((len(bar.text) for _, own in groups for bar in own), default=0)
+    track = _WIDTH - 14 - 7 * longest  # text of this size is at most 7 wide a letter
     for label, own in groups:
         parts.append(f'<text x="0" y="{y + 11}" class="label">{escape(label)}</text>')
         y += 17
         for bar in own:
-            length = round(300 * min(max(bar.value, 0.0), 1.0), 1)
-            parts.append(f'<rect x="0" y="{y}" width="300" height="12" fill="#eef0f3"/>')
+            length = round(track * min(max(bar.value, 0.0), 1.0), 1)
+            parts.append(f'<rect x="0" y="{y}" width="{track}" height="12" fill="#eef0f3"/>')
             parts.append(f'<rect x="0" y="{y}" width="{length}" height="12" fill="{bar.colour}"/>')
-            parts.append(f'<text x="306" y="{y + 10}">{escape(bar.text)}</text>')
+            parts.append(f'<text x="{track + 6}" y="{y + 10}">{escape(bar.text)}</text>')
             y += 15
         y += 7
     return _svg("".join(parts), height=y, title=title)

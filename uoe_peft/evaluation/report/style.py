@@ -16,7 +16,7 @@ svg { width: 100%; max-width: 440px; height: auto; display: block; font: 12px sy
 svg .label { font-weight: 600; }
 .key span { display: inline-block; margin-right: 16px; }
 .key i { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin-right: 6px; }
-.wide { overflow-x: auto; -webkit-overflow-scrolling: touch; }
+.wide { margin-top: 12px; overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid #e6e9ee; white-space: nowrap; }
 th { color: #586173; font-weight: 600; }
