@@ -137,7 +137,7 @@ def on_sharded_model(name: str, folder: Path) -> dict[str, Any]:
     same_batch = name.startswith("tp")
     with fetched() as shapes:
         model = with_uoe(load(folder, **SHARDED[name]))
-    trainer, seen = train(model, output, batch_size=4 if same_batch else 2)
+    _, seen = train(model, output, batch_size=4 if same_batch else 2)
     seen["fetched"] = shapes
     # All processes come along, also where one has no use for the edited expert, with gradients and without.
     with starved(model):

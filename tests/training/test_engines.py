@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import KeepGradients, make_args, make_model, make_sets, make_tokenizer, with_uoe
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from tests.training.conftest import KeepGradients, make_args, make_model, make_sets, make_tokenizer, with_uoe
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.training import UnlearningTrainer
 from uoe_peft.training.processes import check_engine
@@ -42,7 +42,7 @@ def launch(folder: Path) -> list[dict[str, Any]]:
             command = [sys.executable, str(SCRIPT), str(folder)]
             running.append(subprocess.Popen(command, env=own, stdout=out, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout=400) for process in running]
+        codes = [process.wait(timeout=900) for process in running]
     finally:
         for process in running:
             process.kill()
@@ -153,6 +153,7 @@ def test_merging_is_refused_and_changes_nothing(two, engine):
         assert torch.equal(rank[engine]["logits_afterwards"], rank[engine]["logits"])
 
 
+@pytest.mark.filterwarnings("ignore::uoe_peft.attribution.AttributionWarning")
 def test_attribution_finds_the_same_experts_in_all_processes(folder, two):
     forget, retain = make_sets()
     trainer = UnlearningTrainer(

@@ -1,4 +1,4 @@
-"""Several processes: what they must agree on to the bit, which the first one says, and which engines they may run on."""
+"""Several processes: what they must agree on to the bit, the first one says; and which engines they may run on."""
 
 from __future__ import annotations
 

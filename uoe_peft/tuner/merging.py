@@ -119,8 +119,8 @@ class UOELayer(DeltaLayer):
         reason = None
         if isinstance(base, DTensor):
             reason = (
-                "sharded over processes: save the adapter, and merge it into a checkpoint on disk (merge_checkpoint) or "
-                "into the model loaded in one process"
+                "sharded over processes: save the adapter, and merge it into a checkpoint (merge_checkpoint), or into "
+                "the model in one process"
             )
         elif base.is_meta:
             reason = "offloaded: load the model onto a device first"
