@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
 from torch import nn
 
 from tests.families import FAMILIES, REMOTE_CODE, SUPPORTED, UNSUPPORTED, build, logits, token_ids
+from tests.streaming import test_families as streaming
+from tests.streaming.conftest import save_family
 from tests.tuner import test_families as claims
 from uoe_peft.moe import find_moe_blocks
 from uoe_peft.moe.routing import record_routing
@@ -49,6 +52,8 @@ tiny, with random weights, from its own configuration.
   and no others; the adapter's parameters get a gradient, and nothing else does.
 - **Merges**: the merged model gives the unmerged one's output within rounding; unmerging restores every bit.
 - **Routing**: `record_routing` reads its decisions, so experts can be attributed and anchored.
+- **Streams**: read layer by layer from disk by `StreamedModel`, it gives the logits and hidden states of the model in
+  memory, bit for bit. Encoder-decoders are refused; remote code was not tried.
 
 """
 
@@ -71,9 +76,10 @@ class Row:
     trains: bool
     merges: bool
     routing: bool
+    streams: bool | None  # None: not tried
 
     def __str__(self) -> str:
-        words = {True: "yes", False: "no"}
+        words = {True: "yes", False: "no", None: "not tried"}
         cells = [words.get(cell, cell) for cell in astuple(self)]
         return f"| {' | '.join([*cells, NOTES.get(self.family, '')])} |\n"
 
@@ -86,10 +92,11 @@ def measure(family: str) -> Row:
         and _holds(claims.test_only_tokens_routed_to_the_target_change, family)
         and _holds(claims.test_only_the_slice_and_its_router_get_a_gradient, family),
         merges=_holds(claims.test_merged_equals_unmerged_and_unmerging_restores_every_bit, family),
+        streams=_streams(family) if family in streaming.STREAMED else streams_by_kind(family),
     )
 
 
-def describe(family: str, *, trains: bool, merges: bool) -> Row:
+def describe(family: str, *, trains: bool, merges: bool, streams: bool | None) -> Row:
     """What is found in a family, with the verdicts that take a while as given."""
     model = build(family)
     block = find_moe_blocks(model)[-1]
@@ -98,12 +105,17 @@ def describe(family: str, *, trains: bool, merges: bool) -> Row:
         for name in (block.experts_name, f"{block.router_name}.{block.gate_name}")
     )
     name = "remote code" if family in REMOTE_CODE else type(model).__name__
-    return Row(family, name, experts, router, trains, merges, routing=_is_recorded(model))
+    return Row(family, name, experts, router, trains, merges, _is_recorded(model), streams)
+
+
+def streams_by_kind(family: str) -> bool | None:
+    """What is known without trying: of encoder-decoders, which are refused, and of remote code, which is not tried."""
+    return None if family in REMOTE_CODE else family not in streaming.ENCODER_DECODERS
 
 
 def page(rows: list[Row]) -> str:
     """The page, from a line for each supported family."""
-    columns = ["Family", "Model", "Experts", "Router", "Trains", "Merges", "Routing", "Note"]
+    columns = ["Family", "Model", "Experts", "Router", "Trains", "Merges", "Routing", "Streams", "Note"]
     head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
     left_out = "".join(f"- `{family}`: {reason}.\n" for family, reason in UNSUPPORTED.items())
     return HEAD.format(version=transformers.__version__) + head + "".join(map(str, rows)) + LEFT_OUT + left_out
@@ -117,6 +129,15 @@ def _is_recorded(model: nn.Module) -> bool:
     layers = [block.layer_idx for block in find_moe_blocks(model)]
     sums = torch.stack([trace[layer_idx].scores.sum(dim=-1) for layer_idx in trace])
     return list(trace) == layers and torch.allclose(sums, torch.ones(()))
+
+
+def _streams(family: str) -> bool:
+    with TemporaryDirectory() as folder:
+        try:
+            streaming.assert_every_bit(*save_family(family, Path(folder)), family)
+        except AssertionError:
+            return False
+        return True
 
 
 def _holds(claim: Callable[[str, str], None], family: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers
 
-from benchmarks.families import PAGE, describe, page
+from benchmarks.families import PAGE, describe, page, streams_by_kind
 from tests.families import SUPPORTED
 
 
@@ -14,6 +14,7 @@ from tests.families import SUPPORTED
     reason="the table is of another version of transformers",
 )
 def test_the_page_of_families_is_up_to_date() -> None:
-    # Whether families train and merge is what tests/tuner/test_families.py says.
-    rows = [describe(family, trains=True, merges=True) for family in SUPPORTED]
+    # Whether families train and merge is what tests/tuner/test_families.py says, and that they stream what
+    # tests/streaming/test_families.py says.
+    rows = [describe(family, trains=True, merges=True, streams=streams_by_kind(family)) for family in SUPPORTED]
     assert PAGE.read_text(encoding="utf-8") == page(rows), "run `python -m benchmarks.families`"

@@ -16,6 +16,7 @@ from tests.training.conftest import make_model, make_sets, make_tokenizer
 from uoe_peft.streaming import StreamedModel
 
 Open = Callable[..., Any]
+SaveFamily = Callable[[str], tuple[Path, Any]]
 
 
 @pytest.fixture
@@ -48,14 +49,15 @@ def sets() -> tuple[Dataset, Dataset]:
     return make_sets()
 
 
+def save_family(family: str, folder: Path) -> tuple[Path, Any]:
+    """Save a family's tiny model; the folder, and what transformers loads from it."""
+    built = build(family)
+    randomise(built)
+    built.save_pretrained(folder / family)
+    return folder / family, type(built).from_pretrained(folder / family, dtype=torch.float32).eval()
+
+
 @pytest.fixture
-def saved_family(tmp_path: Path) -> Callable[[str], tuple[Path, Any]]:
+def saved_family(tmp_path: Path) -> SaveFamily:
     """Saves a family's tiny model; returns the folder, and what transformers loads from it."""
-
-    def save(family: str) -> tuple[Path, Any]:
-        built = build(family)
-        randomise(built)
-        built.save_pretrained(tmp_path / family)
-        return tmp_path / family, type(built).from_pretrained(tmp_path / family, dtype=torch.float32).eval()
-
-    return save
+    return lambda family: save_family(family, tmp_path)

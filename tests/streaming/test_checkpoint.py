@@ -13,9 +13,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.streaming.conftest import Open
 from uoe_peft.errors import UnsupportedModelError
+from uoe_peft.moe.passes import run_passes
 from uoe_peft.streaming import StreamedModel, residence
 from uoe_peft.streaming import model as streamed_model
 from uoe_peft.streaming.checkpoint import Checkpoint
+from uoe_peft.streaming.memory import available_memory
 
 INDEX = "model.safetensors.index.json"
 
@@ -92,12 +94,7 @@ def test_shards_without_an_index_and_a_folder_without_weights(checkpoint: Path, 
         opened()
 
 
-def test_quantised_and_dense_models(checkpoint: Path, opened: Open, tmp_path: Path) -> None:
-    config = json.loads((checkpoint / "config.json").read_text())
-    quantised = {**config, "quantization_config": {"quant_method": "fp8"}}
-    (checkpoint / "config.json").write_text(json.dumps(quantised))
-    with pytest.raises(UnsupportedModelError, match=r"is quantised .*fp8"):
-        opened()
+def test_dense_models(tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
     Qwen2ForCausalLM(Qwen2Config(**sizes, num_hidden_layers=2, vocab_size=20)).save_pretrained(tmp_path / "dense")
     with pytest.raises(UnsupportedModelError, match=r"no Mixture-of-Experts block"):
@@ -109,16 +106,53 @@ def test_an_unknown_dtype(opened: Open) -> None:
         opened(dtype="float23")
 
 
-def test_too_little_memory(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streamed_model, "physical_memory", lambda: 100)
-    with pytest.raises(ValueError, match=r"two layers of .* more than the .* of this machine"):
+def test_too_little_memory_for_a_layer(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed_model, "available_memory", lambda: 100)
+    with pytest.raises(ValueError, match=r"a layer of .* takes .* GiB to bring in, more than the .* GiB that are free"):
         opened()
+
+
+def test_too_little_memory_for_a_batch(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened()
+    layer = sum(parameter.numel() * 4 for parameter in model.model.layers[1].parameters())
+    monkeypatch.setattr(streamed_model, "available_memory", lambda: 3 * layer)
+    ran: list[int] = []
+
+    def passes(num_tokens: int) -> list[Any]:
+        def run() -> None:
+            with torch.no_grad():
+                model(input_ids=torch.ones(1, num_tokens, dtype=torch.long), use_cache=False)
+            ran.append(num_tokens)
+
+        return [run]
+
+    list(run_passes(model, passes(3)))
+    with pytest.raises(ValueError, match=r"a batch of 900 tokens about .* use a smaller batch_size or max_length"):
+        list(run_passes(model, passes(900)))
+    assert ran == [3]
 
 
 def test_layers_that_cannot_all_stay(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened()
-    monkeypatch.setattr(residence, "physical_memory", lambda: 100_000)
-    with pytest.raises(ValueError, match=r"layers \[0, 1, 2\] .* use forget_loss='rmu' with retain_loss='embed_diff'"):
-        model.keep_layers([0, 1, 2])
-    with pytest.raises(ValueError, match=r"the model has 3 decoder layers, got layer 3"):
-        model.keep_layers([3])
+    monkeypatch.setattr(residence, "available_memory", lambda: 100_000)
+    for ask in (model.check_layers, model.keep_layers):
+        with pytest.raises(
+            ValueError, match=r"layers \[0, 1, 2\] .* use forget_loss='rmu' with retain_loss='embed_diff'"
+        ):
+            ask([0, 1, 2])
+        with pytest.raises(ValueError, match=r"the model has 3 decoder layers, got layer 3"):
+            ask([3])
+    model.check_layers([1])
+    assert model.model.layers[1].input_layernorm.weight.is_meta  # asked, not brought in
+
+
+def test_memory_is_what_the_system_and_the_container_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   3000 kB\n",
+        "/sys/fs/cgroup/memory.max": "5000000",
+        "/sys/fs/cgroup/memory.current": "4000000",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: told[str(self)])
+    assert available_memory() == 1_000_000
+    told["/sys/fs/cgroup/memory.max"] = "max"
+    assert available_memory() == 3000 * 1024

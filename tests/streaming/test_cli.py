@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from uoe_peft.attribution import ExpertAttribution
 from uoe_peft.cli import main
 from uoe_peft.cli.loading import load_model
+from uoe_peft.evaluation import UnlearningReport
 from uoe_peft.streaming import StreamedModel
 from uoe_peft.testbed import FORGET_TOPIC, TOPICS, checkpoint_path, load_facts
 
@@ -50,6 +51,27 @@ def test_unlearn_gives_the_same_adapter(sets: list[str], tmp_path: Path) -> None
         found.append(load_file(folder / "adapter_model.safetensors"))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(value, found[1][name]) and value.any() for name, value in found[0].items())
+
+
+@pytest.mark.filterwarnings("ignore:fewer tokens of the .* set reach:UserWarning")
+def test_solve_and_evaluate_say_the_same(sets: list[str], tmp_path: Path) -> None:
+    adapters, scores = [], []
+    for stream in ("true", "false"):
+        folder = tmp_path / f"solved-{stream}"
+        options = ["--stream", stream, "--dtype", "float32", "--target_experts", "2:7", "--output_dir", str(folder)]
+        main(["solve", "--model_name_or_path", BASE, *sets, *options, "--keep_retain", "0.5"])
+        adapters.append(load_file(folder / "adapter_model.safetensors"))
+        report = tmp_path / f"report-{stream}"
+        options = ["--stream", stream, "--dtype", "float32", "--max_examples", "6", "--max_new_tokens", "2"]
+        main(["evaluate", "--adapter", str(tmp_path / "solved-true"), *sets, *options, "--output_dir", str(report)])
+        scores.append(UnlearningReport.load(report / "report.json"))
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+    assert any(value.any() for value in adapters[0].values())
+    for model in ("base", "unlearned"):
+        for role in ("forget", "retain"):
+            assert scores[0].scores[model][role].probability == scores[1].scores[model][role].probability
+    assert any("streamed from disk: no answers were generated" in note for note in scores[0].notes)
 
 
 def test_what_does_not_go_together_is_refused() -> None:

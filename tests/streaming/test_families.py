@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,17 @@ import torch
 from torch import Tensor
 
 from tests.families import REMOTE_CODE, SUPPORTED, token_ids
+from tests.streaming.conftest import SaveFamily
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe.passes import run_passes
 from uoe_peft.moe.segments import find_layers, output_of
 from uoe_peft.streaming import StreamedModel
 
-_ENCODER_DECODERS = ("nllb_moe", "switch_transformers")
+ENCODER_DECODERS = ("nllb_moe", "switch_transformers")
 # Configured as in the tests, this family needs tokens that mark images wherever there is a mask.
 _NO_MASK = ("qwen3_omni_moe",)
 
-SaveFamily = Callable[[str], tuple[Path, Any]]
+STREAMED = [family for family in SUPPORTED if family not in (*ENCODER_DECODERS, *REMOTE_CODE)]
 
 
 def batches(family: str) -> list[dict[str, Tensor]]:
@@ -44,10 +44,13 @@ def said(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return output if mask is None else output[mask.bool()]
 
 
-@pytest.mark.parametrize("family", [f for f in SUPPORTED if f not in (*_ENCODER_DECODERS, *REMOTE_CODE)])
-@torch.no_grad()
+@pytest.mark.parametrize("family", STREAMED)
 def test_every_bit_is_the_resident_models(family: str, saved_family: SaveFamily) -> None:
-    folder, resident = saved_family(family)
+    assert_every_bit(*saved_family(family), family)
+
+
+@torch.no_grad()
+def assert_every_bit(folder: Path, resident: Any, family: str) -> None:
     streamed = StreamedModel.from_pretrained(folder, show_progress=False)
     inputs = batches(family)
     expected = [said(resident, batch) for batch in inputs]
@@ -61,7 +64,7 @@ def test_every_bit_is_the_resident_models(family: str, saved_family: SaveFamily)
     assert all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
 
 
-@pytest.mark.parametrize("family", _ENCODER_DECODERS)
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_encoder_decoders_are_refused(family: str, saved_family: SaveFamily) -> None:
     folder, _ = saved_family(family)
     with pytest.raises(UnsupportedModelError, match="encoder-decoder; only decoders can be streamed"):

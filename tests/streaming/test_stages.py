@@ -17,7 +17,7 @@ from tests.training.conftest import TARGET, make_args
 from uoe_peft import UOEConfig, attribute_experts, evaluate_unlearning
 from uoe_peft.attribution.sampling import sample_batches
 from uoe_peft.moments import measure_moments
-from uoe_peft.streaming import StreamedModel
+from uoe_peft.streaming import StreamedModel, residence
 from uoe_peft.training import UnlearningTrainer, solve_unlearning
 
 Sets = tuple[Dataset, Dataset]
@@ -72,10 +72,15 @@ def test_scores_that_need_the_whole_model_often_are_refused(
         attribute_experts(opened(), sets[0], processing_class=tokenizer, score=score)
 
 
-def test_moments_of_several_layers(opened: Open, resident: PreTrainedModel, tokenizer: Any, sets: Sets) -> None:
+@pytest.mark.parametrize("keeps_states", [False, True])
+def test_moments_of_several_layers(
+    keeps_states: bool, opened: Open, resident: PreTrainedModel, tokenizer: Any, sets: Sets, tmp_path: Path
+) -> None:
     batches = sample_batches(sets[1], tokenizer, max_tokens=1000, batch_size=3, max_length=None, seed=0, name="retain")
     experts = [TARGET, (2, 0), (0, 3)]
-    expected, found = (measure_moments(model, batches, experts, strict=False) for model in (resident, opened()))
+    streamed = opened(state_dir=tmp_path / "states" if keeps_states else None)
+    expected, found = (measure_moments(model, batches, experts, strict=False) for model in (resident, streamed))
+    assert not keeps_states or list((tmp_path / "states").iterdir()) == []
     assert found.num_tokens == expected.num_tokens
     assert_same(
         {str(name): own.second for name, own in found.slices.items()},
@@ -109,6 +114,22 @@ def test_other_losses_have_the_layers_above_in_memory(
     found = trained(streamed, sets, tokenizer, tmp_path / "streamed", **options)
     assert_same(deltas(found.model), deltas(trained(resident, sets, tokenizer, tmp_path / "resident", **options).model))
     assert [layer.input_layernorm.weight.is_meta for layer in streamed.model.layers] == [True, False, False]
+
+
+def test_layers_that_do_not_fit_are_said_before_the_first_pass(
+    opened: Open, sets: Sets, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed, other, ran = opened(), opened(), []
+    for model in (streamed, other):
+        model.keep_layers([TARGET[0]])
+        model.model.layers[0].register_forward_hook(lambda *_: ran.append(0))
+    layer = sum(parameter.numel() * 4 for parameter in streamed.model.layers[2].parameters())
+    monkeypatch.setattr(residence, "available_memory", lambda: layer // 2)
+    with pytest.raises(ValueError, match=r"layers \[2\] are to stay .* use forget_loss='rmu'"):
+        trained(streamed, sets, tokenizer, tmp_path, forget_loss="npo", retain_loss="nll")
+    assert ran == []
+    trained(other, sets, tokenizer, tmp_path, forget_loss="rmu", retain_loss="embed_diff")
+    assert ran
 
 
 def test_a_trained_adapter_is_an_ordinary_one(

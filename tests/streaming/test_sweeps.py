@@ -15,7 +15,7 @@ from tests.streaming.conftest import Open
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe.passes import run_passes
 from uoe_peft.moe.routing import record_routing
-from uoe_peft.streaming import StreamedModel
+from uoe_peft.streaming import StreamedModel, residence
 from uoe_peft.streaming.reader import PartReader
 from uoe_peft.streaming.states import States
 
@@ -63,6 +63,18 @@ def test_no_more_than_one_layer_is_in_memory(opened: Open) -> None:
     assert not model.lm_head.weight.is_meta  # a single call ends with it; many passes leave nothing
     swept(model, batches(1))
     assert model.lm_head.weight.is_meta
+
+
+def test_without_room_nothing_is_read_ahead(opened: Open, resident: PreTrainedModel, monkeypatch: Any) -> None:
+    model, ahead = opened(), []
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, index=index: ahead.append((index, model._residence._ahead is not None)))
+    expected = [logits(resident, batch) for batch in batches(1)]
+    for free, reads_ahead in ((None, True), (1000, False)):
+        ahead.clear()
+        monkeypatch.setattr(residence, "available_memory", lambda free=free: free)
+        assert all(map(torch.equal, swept(model, batches(1)), expected))
+        assert ahead == [(0, reads_ahead), (1, reads_ahead), (2, False)]
 
 
 def test_kept_layers_stay(opened: Open, resident: PreTrainedModel) -> None:

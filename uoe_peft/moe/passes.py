@@ -34,6 +34,10 @@ class RunsLayerByLayer(Protocol):
         """Have decoder layers in memory from now on."""
         ...
 
+    def check_layers(self, layer_indices: Iterable[int]) -> None:
+        """Raise `ValueError` where decoder layers could not be kept: there are none such, or memory is short."""
+        ...
+
 
 def find_streamed(model: nn.Module) -> RunsLayerByLayer | None:
     """The part of a model that runs layer by layer, the model itself or what PEFT wraps; None where all is resident."""
@@ -46,6 +50,13 @@ def keep_layers(model: nn.Module, layer_indices: Iterable[int]) -> None:
     streamed = find_streamed(model)
     if streamed is not None:
         streamed.keep_layers(layer_indices)
+
+
+def check_layers(model: nn.Module, layer_indices: Iterable[int]) -> None:
+    """Say now, before hours of passes, that a streamed model could not keep decoder layers in memory."""
+    streamed = find_streamed(model)
+    if streamed is not None:
+        streamed.check_layers(layer_indices)
 
 
 def run_passes(

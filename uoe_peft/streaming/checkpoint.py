@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,8 +14,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from torch import Tensor
 
-from uoe_peft.checkpoints import INDEX, TensorFile, opened, read_weight_map, shard_path, torch_dtype
+from uoe_peft.checkpoints import INDEX, SINGLE, TensorFile, opened, read_weight_map, shard_path, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,17 @@ class Checkpoint:
         if folder.is_dir():
             return cls(str(name), folder, None, _local_tensors(folder))
         folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.json", "*.py"]))
+        if _is_whole(folder):
+            return cls(str(name), folder, revision, _local_tensors(folder))
         stored = HfApi().get_safetensors_metadata(str(name), revision=revision).files_metadata
         tensors = {
             tensor: StoredTensor(shard, torch_dtype(info.dtype, name=tensor), tuple(info.shape))
             for shard, metadata in stored.items()
             for tensor, info in metadata.tensors.items()
         }
-        return cls(str(name), folder, revision, tensors)
+        checkpoint = cls(str(name), folder, revision, tensors)
+        checkpoint._warn_of_little_room()
+        return checkpoint
 
     @property
     def identity(self) -> str:
@@ -82,6 +89,12 @@ class Checkpoint:
         paths = sorted({self.folder / stored.shard for stored in self.tensors.values()})
         files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
         return hashlib.sha256(repr((self.name, self.revision, files)).encode()).hexdigest()
+
+    def headers(self) -> dict[str, Tensor]:
+        """Every tensor without its data, on the meta device."""
+        return {
+            name: torch.empty(stored.shape, dtype=stored.dtype, device="meta") for name, stored in self.tensors.items()
+        }
 
     @contextmanager
     def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -101,9 +114,29 @@ class Checkpoint:
                 found |= {name: file.get_slice(name) for name in held}
             yield found
 
+    def _warn_of_little_room(self) -> None:
+        """Say whether all shards can be downloaded; who needs few of the layers does not need them all."""
+        missing = sum(
+            stored.num_bytes for stored in self.tensors.values() if not (self.folder / stored.shard).is_file()
+        )
+        free = shutil.disk_usage(self.folder).free
+        if missing > free:
+            warnings.warn(
+                f"{self.name} has {missing / 2**30:.1f} GiB that are not downloaded yet, and {self.folder} has "
+                f"{free / 2**30:.1f} GiB left: passes through all layers will fail; set HF_HOME to a larger disk",
+                stacklevel=4,
+            )
+
     def _path(self, shard: str) -> Path:
         path = self.folder / shard
         return path if path.is_file() else Path(hf_hub_download(self.name, shard, revision=self.revision))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder holds all shards, which nobody needs to ask the Hub about."""
+    if not (folder / INDEX).is_file():
+        return (folder / SINGLE).is_file()
+    return all((folder / shard).is_file() for shard in set(read_weight_map(folder).values()))
 
 
 def _local_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -60,6 +60,11 @@ class LayerSweeps(Generic[T]):
         self._results: dict[int, T] = {}
         self._readings: dict[int, dict[int, Tensor | None]] = {}
 
+    @property
+    def num_tokens(self) -> list[int]:
+        """Tokens of each pass, padding included; known once they were embedded."""
+        return [tokens for tokens, _ in self._sizes]
+
     def embed(self) -> str:
         """Run the token embedding for all passes.
 
@@ -124,8 +129,8 @@ class LayerSweeps(Generic[T]):
                 return
             kept = {index: _tensors(values) for index, values in self._readings.items()}
             # What was handed out already, or kept by the reader itself, would be missing in another process.
-            if not num_out and not self._results and len(self._readings) == sum(map(bool, kept.values())):
-                states.finish(layer_idx, kept)
+            is_all = not num_out and not self._results and len(self._readings) == sum(map(bool, kept.values()))
+            states.finish(layer_idx, kept if is_all else None)
 
     def _through(self, layer_idx: int, position: int, states: States) -> None:
         """Take a pass through a layer, and read what is to be read of it."""
@@ -174,7 +179,7 @@ class LayerSweeps(Generic[T]):
 
     def _bar(self, layer_indices: range, *, show: bool) -> Iterator[int]:
         """Layer indices, with a bar that says how fast tokens go through one."""
-        num_tokens = sum(tokens for tokens, _ in self._sizes)
+        num_tokens = sum(self.num_tokens)
         with tqdm(
             total=len(self._layers), initial=layer_indices.start, desc="Layers", unit="layer", disable=not show
         ) as bar:

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe import find_moe_blocks
 from uoe_peft.moe.passes import Pass, Read
 from uoe_peft.moe.segments import find_layers
 from uoe_peft.streaming.checkpoint import Checkpoint
 from uoe_peft.streaming.layer_major import LayerSweeps
 from uoe_peft.streaming.loading import load_when_called, part_paths
-from uoe_peft.streaming.reader import PartReader, no_loading_bar
-from uoe_peft.streaming.residence import Residence, physical_memory
+from uoe_peft.streaming.memory import GIB, available_memory, working_bytes
+from uoe_peft.streaming.opening import make_skeleton, without_weights
+from uoe_peft.streaming.quantisation import find_dequantizer, plain_headers, without_quantisation
+from uoe_peft.streaming.reader import PartReader
+from uoe_peft.streaming.residence import Residence
 from uoe_peft.streaming.states import States
 
 T = TypeVar("T")
@@ -72,21 +72,34 @@ class StreamedModel(nn.Module):
             trust_remote_code: As in transformers.
 
         Raises:
-            UnsupportedModelError: The model has no routed experts, is an encoder-decoder, or is quantised.
+            UnsupportedModelError: The model has no routed experts, is an encoder-decoder, or is quantised in a form
+                that cannot be made plain layer by layer.
             ValueError: No such checkpoint; a shard is missing or cut off; the index or the shards lack tensors, or have
-                them in other shapes than the model; two of its layers do not fit into memory.
+                them in other shapes than the model; a layer does not fit into memory.
         """
         checkpoint = Checkpoint.open(name, revision=revision)
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-        _check_config(config, checkpoint)
-        skeleton = _skeleton(config, dtype, trust_remote_code=trust_remote_code)
-        model = _without_weights(type(skeleton), config, checkpoint, skeleton.dtype)
-        for buffer_name, buffer in skeleton.named_non_persistent_buffers():
-            path, _, own_name = buffer_name.rpartition(".")
-            model.get_submodule(path)._buffers[own_name] = buffer
-        return _streamed(
-            model, skeleton, checkpoint, state_dir=state_dir, state_memory=state_memory, show_progress=show_progress
-        )
+        quantizer = find_dequantizer(config, checkpoint.name)
+        skeleton = make_skeleton(without_quantisation(config), dtype, trust_remote_code=trust_remote_code)
+        headers = checkpoint.headers() if quantizer is None else plain_headers(skeleton, checkpoint, quantizer)
+        model = without_weights(skeleton, checkpoint, headers)
+        find_moe_blocks(model)  # says what is wrong with a model that has none
+        model.requires_grad_(False).eval()
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
+        reader = PartReader(skeleton, checkpoint, dtypes, quantizer)
+        residence = Residence(model, reader, part_paths(model), torch.device("cpu"))
+        _check_memory(residence, checkpoint)
+        load_when_called(model, residence)
+        # An instance of both classes, under the name that configurations and messages know.
+        own = type(model)
+        model.__class__ = type(own.__name__, (cls, own), {"__module__": own.__module__})
+        streamed = cast(StreamedModel, model)
+        streamed._residence = residence
+        streamed._key = f"{checkpoint.identity}-{skeleton.dtype}"
+        streamed.show_progress = show_progress
+        streamed._state_dir = None if state_dir is None else Path(state_dir)
+        streamed._state_memory = state_memory
+        return streamed
 
     @property
     def device(self) -> torch.device:
@@ -97,15 +110,17 @@ class StreamedModel(nn.Module):
         """Have decoder layers in memory from now on.
 
         Raises:
-            ValueError: There is no such layer, or the machine has too little memory.
+            ValueError: There is no such layer, or there is too little memory.
         """
-        wanted = [int(layer_idx) for layer_idx in layer_indices]
-        unknown = [layer_idx for layer_idx in wanted if layer_idx not in self._residence]
-        if unknown:
-            raise ValueError(
-                f"the model has {len(list(find_layers(self).children()))} decoder layers, got layer {unknown[0]}"
-            )
-        self._residence.keep(wanted)
+        self._residence.keep(self._known(layer_indices))
+
+    def check_layers(self, layer_indices: Iterable[int]) -> None:
+        """Whether decoder layers could be kept in memory.
+
+        Raises:
+            ValueError: There is no such layer, or there is too little memory.
+        """
+        self._residence.check_room(self._known(layer_indices))
 
     def run_layer_by_layer(
         self, passes: Sequence[Pass[T]], *, layer_indices: Sequence[int], read: Read
@@ -113,11 +128,15 @@ class StreamedModel(nn.Module):
         """Results of many passes, all of which go through a layer before the next one is read.
 
         Arguments as in :func:`uoe_peft.moe.passes.run_passes`.
+
+        Raises:
+            ValueError: There is too little memory or disk for the passes, which is said before the first layer is read.
         """
         model = cast(PreTrainedModel, self)
         embedded = States(limit=self._state_memory // 2, folder=None, key="")
         sweeps = LayerSweeps(model, self._residence, passes, layer_indices=layer_indices, read=read, embedded=embedded)
         key = f"{self._key}-{sweeps.embed()}"
+        self._check_memory(sweeps.num_tokens)
         # What an adapter computes is no part of the key.
         is_wrapped = any("base_layer" in module._modules for module in self.modules())
         states = States(limit=self._state_memory // 2, folder=None if is_wrapped else self._state_dir, key=key)
@@ -128,6 +147,32 @@ class StreamedModel(nn.Module):
             states.close()
             embedded.close()
             self._residence.drop_all()
+
+    def _known(self, layer_indices: Iterable[int]) -> list[int]:
+        wanted = [int(layer_idx) for layer_idx in layer_indices]
+        unknown = [layer_idx for layer_idx in wanted if layer_idx not in self._residence]
+        if unknown:
+            raise ValueError(
+                f"the model has {len(list(find_layers(self).children()))} decoder layers, got layer {unknown[0]}"
+            )
+        return wanted
+
+    def _check_memory(self, num_tokens: Sequence[int]) -> None:
+        """Whether there is memory for a layer, the hidden states and the largest batch."""
+        model, there = cast(PreTrainedModel, self), available_memory()
+        if self.device.type != "cpu" or there is None:
+            return
+        self._residence.drop_all()
+        layer = self._residence.least_bytes
+        states = min(self._state_memory, 2 * sum(num_tokens) * model.config.get_text_config().hidden_size * 4)
+        batch = working_bytes(model, max(num_tokens, default=0), model.dtype.itemsize)
+        if layer + states + batch > there:
+            raise ValueError(
+                f"a layer of {model.name_or_path} takes {layer / GIB:.1f} GiB to bring in, hidden states "
+                f"{states / GIB:.1f} GiB and a batch of {max(num_tokens)} tokens about {batch / GIB:.1f} GiB, together "
+                f"more than the {there / GIB:.1f} GiB that are free; use a smaller batch_size or max_length, a lower "
+                "state_memory, or a narrower dtype"
+            )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: most weights are not there.
@@ -149,100 +194,10 @@ class StreamedModel(nn.Module):
         return super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
 
 
-def _check_config(config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
-    for part in (config, config.get_text_config()):
-        if getattr(part, "quantization_config", None):
-            raise UnsupportedModelError(
-                f"{checkpoint.name} is quantised ({part.quantization_config}); stream the checkpoint that it was made "
-                "from, in bfloat16 or float32"
-            )
-    if config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{checkpoint.name} is an encoder-decoder; only decoders can be streamed")
-
-
-def _skeleton(config: PreTrainedConfig, dtype: str | torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
-    """A model whose parameters are on the meta device and whose buffers are real."""
-    if isinstance(dtype, str):
-        named = config.dtype if dtype == "auto" else getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}")
-        dtype = named
-    # The class that the checkpoint names, which may be a model with towers that AutoModelForCausalLM leaves out.
-    named_class = cast(Any, getattr(transformers, (config.architectures or [""])[0], None))
-    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-        if named_class is not None:
-            return cast(PreTrainedModel, named_class._from_config(config, dtype=dtype))
-        return cast(
-            PreTrainedModel,
-            AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code),
-        )
-
-
-def _without_weights(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype
-) -> PreTrainedModel:
-    """What `from_pretrained` makes of the checkpoint's headers: all of the model but its data.
-
-    Raises:
-        ValueError: Tensors are missing, or have other shapes.
-    """
-    headers = {
-        name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-        for name, stored in checkpoint.tensors.items()
-    }
-    with no_loading_bar():
-        model, info = cast(Any, model_class).from_pretrained(
-            None,
-            config=config,
-            state_dict=headers,
-            device_map="meta",
-            dtype=dtype,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    for kind, problem in (("missing_keys", "has no"), ("mismatched_keys", "has another shape of")):
-        if info[kind]:
-            first = sorted(info[kind], key=str)[0]
-            raise ValueError(
-                f"{checkpoint.name} {problem} {first} ({len(info[kind])} such tensors): it is not a whole checkpoint "
-                f"of a {model_class.__name__}; download or save it again"
-            )
-    model.config._name_or_path = model.name_or_path = checkpoint.name
-    return cast(PreTrainedModel, model)
-
-
-def _streamed(
-    model: PreTrainedModel,
-    skeleton: PreTrainedModel,
-    checkpoint: Checkpoint,
-    *,
-    state_dir: str | Path | None,
-    state_memory: int,
-    show_progress: bool,
-) -> StreamedModel:
-    find_moe_blocks(model)  # says what is wrong with a model that has none
-    model.requires_grad_(False).eval()
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
-    reader = PartReader(skeleton, checkpoint, dtypes)
-    residence = Residence(model, reader, part_paths(model), torch.device("cpu"))
-    _check_memory(residence, checkpoint)
-    load_when_called(model, residence)
-    # An instance of both classes, under the name that configurations and messages know.
-    cls = type(model)
-    model.__class__ = type(cls.__name__, (StreamedModel, cls), {"__module__": cls.__module__})
-    streamed = cast(StreamedModel, model)
-    streamed._residence = residence
-    streamed._key = f"{checkpoint.identity}-{skeleton.dtype}"
-    streamed.show_progress = show_progress
-    streamed._state_dir = None if state_dir is None else Path(state_dir)
-    streamed._state_memory = state_memory
-    return streamed
-
-
 def _check_memory(residence: Residence, checkpoint: Checkpoint) -> None:
-    largest, there = max(residence.num_bytes(key) for key in residence.parts), physical_memory()
-    if there is not None and 2 * largest > there:
+    needed, there = residence.least_bytes, available_memory()
+    if there is not None and needed > there:
         raise ValueError(
-            f"two layers of {checkpoint.name} take {2 * largest / 2**30:.1f} GiB, more than the "
-            f"{there / 2**30:.1f} GiB of this machine; open it in a narrower dtype"
+            f"a layer of {checkpoint.name} takes {needed / GIB:.1f} GiB to bring in, more than the "
+            f"{there / GIB:.1f} GiB that are free; open it in a narrower dtype, or close other programs"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from uoe_peft.streaming.checkpoint import Checkpoint
@@ -41,10 +42,17 @@ class PartReader:
         skeleton: A model whose parameters are on the meta device; its own from now on.
         checkpoint: What to read.
         dtypes: What each parameter is to be computed in, by name.
+        quantizer: Makes the tensors of a quantised checkpoint plain.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, checkpoint: Checkpoint, dtypes: dict[str, torch.dtype]) -> None:
-        self._model, self._checkpoint = skeleton, checkpoint
+    def __init__(
+        self,
+        skeleton: PreTrainedModel,
+        checkpoint: Checkpoint,
+        dtypes: dict[str, torch.dtype],
+        quantizer: HfQuantizer | None = None,
+    ) -> None:
+        self._model, self._checkpoint, self._quantizer = skeleton, checkpoint, quantizer
         self._names = set(skeleton.state_dict())
         self._sources = self._grouped(checkpoint.tensors)
         for name, sources in self._sources.items():
@@ -64,7 +72,8 @@ class PartReader:
         """
         groups = {name: sources for name, sources in self._sources.items() if belongs(name)}
         read: dict[str, Tensor] = {}
-        for pack in self._packs(groups.values()):
+        # The largest first: while it is put together from single experts there is nothing else yet.
+        for pack in self._packs(sorted(groups.values(), key=self._num_stored_bytes, reverse=True)):
             read |= self._converted(pack)
         return read
 
@@ -72,14 +81,15 @@ class PartReader:
         """Whether the checkpoint has a parameter under this name."""
         return name in self._sources
 
-    def num_bytes(self, belongs: Callable[[str], bool]) -> int:
-        """Size of a part on disk."""
-        groups = (sources for name, sources in self._sources.items() if belongs(name))
-        return sum(self._checkpoint.tensors[source].num_bytes for sources in groups for source in sources)
+    def num_bytes(self, names: Container[str]) -> int:
+        """Memory that parameters and buffers of these names take as they are read."""
+        return sum(
+            value.numel() * value.dtype.itemsize for name, value in self._model.state_dict().items() if name in names
+        )
 
     def _mapping(self) -> list[Any]:
         # Made anew for each use: conversions remember what they have seen.
-        return get_model_conversion_mapping(self._model)
+        return get_model_conversion_mapping(self._model, hf_quantizer=self._quantizer)
 
     def _grouped(self, tensors: Iterable[str]) -> dict[str, list[str]]:
         """Names on disk by the first of the parameters that they become."""
@@ -92,7 +102,8 @@ class PartReader:
             name, _ = rename_source_key(source, renamings, converters, prefix, known)
             if name not in known and source in known:
                 name, _ = rename_source_key(source, [], [], prefix, known)
-            groups[name].append(source)
+            if name in known:  # some checkpoints hold more layers than the model has, to predict further tokens with
+                groups[name].append(source)
         return dict(groups)
 
     def _narrow(self, name: str, stored: set[torch.dtype], dtypes: dict[str, torch.dtype]) -> None:
@@ -101,7 +112,8 @@ class PartReader:
         module = self._model.get_submodule(path) if name in self._names else None
         if module is None or own_name not in module._parameters:
             return
-        (first, *others), wanted = stored, dtypes[name]
+        # Numbers of four bits with a power of two for each block are exact in bfloat16.
+        (first, *others), wanted = ({torch.bfloat16} if stored == {torch.uint8} else stored), dtypes[name]
         is_narrower = first.is_floating_point and first.itemsize < wanted.itemsize
         parameter = torch.empty(
             module.get_parameter(own_name).shape,
@@ -114,15 +126,20 @@ class PartReader:
         """Groups, large ones alone and the small ones together."""
         small: list[str] = []
         for sources in groups:
-            if sum(self._checkpoint.tensors[source].num_bytes for source in sources) > _LARGE:
+            if self._num_stored_bytes(sources) > _LARGE:
                 yield list(sources)
             else:
                 small += sources
         if small:
             yield small
 
+    def _num_stored_bytes(self, sources: Iterable[str]) -> int:
+        return sum(self._checkpoint.tensors[source].num_bytes for source in sources)
+
     def _converted(self, sources: Sequence[str]) -> dict[str, Tensor]:
-        loading = LoadStateDictConfig(device_map={"": "cpu"}, weight_mapping=self._mapping())
+        loading = LoadStateDictConfig(
+            device_map={"": "cpu"}, weight_mapping=self._mapping(), hf_quantizer=self._quantizer
+        )
         with self._checkpoint.slices(sources) as slices, no_loading_bar():
             info, _ = convert_and_load_state_dict_in_model(self._model, slices, loading)
         if info.conversion_errors or info.mismatched_keys:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from uoe_peft.streaming.memory import GIB, available_memory
 from uoe_peft.streaming.reader import PartReader
 
 PartKey = int | str
@@ -98,8 +98,29 @@ class Residence:
             self.drop_all()
         self._place(key, self._read(key))
         following = key + 1 if isinstance(key, int) else None
-        if following in self._slots and following not in self._here and not self._holding:
+        if following in self._slots and following not in self._here and not self._holding and self._fits(following):
             self._ahead = (following, self._thread.submit(self._read_part, following))
+
+    @property
+    def least_bytes(self) -> int:
+        """Memory that the largest part takes while it comes in, tensor by tensor, and nothing is read ahead."""
+        return max(self.num_bytes(key) + self._read_bytes(key) // 3 for key in self._slots)
+
+    def check_room(self, keys: Iterable[PartKey]) -> None:
+        """Whether parts could be kept.
+
+        Raises:
+            ValueError: They need more memory than there is.
+        """
+        new = [key for key in keys if key not in self._here]
+        needed, there = sum(map(self.num_bytes, new)), available_memory()
+        if self.device.type == "cpu" and there is not None and needed > there:
+            layers = sorted(key for key in new if isinstance(key, int))
+            raise ValueError(
+                f"the decoder layers {layers} are to stay in memory and take {needed / GIB:.1f} GiB, more than the "
+                f"{there / GIB:.1f} GiB that are free; use forget_loss='rmu' with retain_loss='embed_diff' or "
+                "'none', which need the edited layer alone, a higher layer, or a narrower dtype"
+            )
 
     def keep(self, keys: Iterable[PartKey]) -> None:
         """Have parts in memory for good.
@@ -108,7 +129,7 @@ class Residence:
             ValueError: They need more memory than the machine has.
         """
         new = sorted(set(keys) - self._kept, key=str)
-        self._check_room(set(new) | self._kept)
+        self.check_room(new)
         self._kept.update(new)
         for key in new:
             if key not in self._here:
@@ -147,6 +168,14 @@ class Residence:
             ahead[1].cancel()
         return self._thread.submit(self._read_part, key).result()
 
+    def _fits(self, key: PartKey) -> bool:
+        """Whether there is memory to read a part; experts that are stacked are there twice."""
+        there = available_memory()
+        return there is None or 4 * self._read_bytes(key) // 3 <= there
+
+    def _read_bytes(self, key: PartKey) -> int:
+        return self._reader.num_bytes({slot.name for slot in self._slots[key]})
+
     def _read_part(self, key: PartKey) -> dict[str, Tensor]:
         names = {slot.name for slot in self._slots[key]}
         return self._reader.read(lambda name: name in names or self._part_of(name) == key)
@@ -180,26 +209,8 @@ class Residence:
                 value = read[slot.name] if uses[slot.name] else read.pop(slot.name)
                 slot.put(value.to(self.device, slot.absent.dtype))
 
-    def _check_room(self, keys: Iterable[PartKey]) -> None:
-        needed, there = sum(self.num_bytes(key) for key in keys), physical_memory()
-        if self.device.type == "cpu" and there is not None and needed > there:
-            layers = sorted(key for key in keys if isinstance(key, int))
-            raise ValueError(
-                f"the decoder layers {layers} are to stay in memory and take {needed / 2**30:.1f} GiB, more than the "
-                f"{there / 2**30:.1f} GiB of this machine; use forget_loss='rmu' with retain_loss='embed_diff' or "
-                "'none', which need the edited layer alone, a higher layer, or a narrower dtype"
-            )
-
 
 def _weightless(tensor: Tensor, device: torch.device) -> nn.Parameter:
     """A parameter of a tensor's shape and dtype on a device, where it takes the memory of one number."""
     one = torch.zeros((), dtype=tensor.dtype, device=device)
     return nn.Parameter(one.expand(tensor.shape), requires_grad=False)
-
-
-def physical_memory() -> int | None:
-    """Bytes of memory that the machine has; None where it does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None

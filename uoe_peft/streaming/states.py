@@ -20,6 +20,7 @@ from torch import Tensor
 from uoe_peft.moe.segments import LayerState
 
 _PROGRESS = "progress.json"
+_NEXT_PROGRESS = f"{_PROGRESS}.new"
 
 
 class States:
@@ -95,18 +96,21 @@ class States:
                 return
         _save(state, (self._write_to or self._overflow()) / f"{position}.pt")
 
-    def finish(self, layer_idx: int, readings: dict[int, dict[int, Tensor]]) -> None:
-        """Note that every pass has gone through a layer, and what was read so far by layer and position."""
+    def finish(self, layer_idx: int, readings: dict[int, dict[int, Tensor]] | None) -> None:
+        """Note that every pass has gone through a layer.
+
+        Args:
+            layer_idx: The layer.
+            readings: What was read so far, by layer and position; None where that is not all that a later process would
+                need: it then begins anew.
+        """
         if self._folder is None:
             return
-        newest = self._folder / f"readings-{layer_idx}.pt"
-        if layer_idx in readings:
-            _save(readings[layer_idx], newest)
+        if readings is None:
+            (self._folder / _PROGRESS).unlink(missing_ok=True)
+        else:
+            self._note(layer_idx, readings)
         before, self._read_from = self._read_from, self._write_to
-        content = {"key": self._key, "layer_idx": layer_idx, "readings": sorted(readings)}
-        temporary = self._folder / f"{_PROGRESS}.new"
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(temporary, self._folder / _PROGRESS)
         if before is not None and before != self._read_from:
             shutil.rmtree(before, ignore_errors=True)
 
@@ -119,11 +123,24 @@ class States:
     def remove(self) -> None:
         """Remove what this class has written into the folder, and nothing else: it is the user's."""
         if self._folder is not None:
-            (self._folder / _PROGRESS).unlink(missing_ok=True)
+            for name in (_PROGRESS, _NEXT_PROGRESS):
+                (self._folder / name).unlink(missing_ok=True)
             for path in self._folder.glob("layer-*"):
-                shutil.rmtree(path, ignore_errors=True)
+                if path.name.removeprefix("layer-").isdigit():
+                    shutil.rmtree(path, ignore_errors=True)
             for path in self._folder.glob("readings-*.pt"):
-                path.unlink(missing_ok=True)
+                if path.stem.removeprefix("readings-").isdigit():
+                    path.unlink(missing_ok=True)
+
+    def _note(self, layer_idx: int, readings: dict[int, dict[int, Tensor]]) -> None:
+        """Have a later process go on after a layer."""
+        assert self._folder is not None
+        if layer_idx in readings:
+            _save(readings[layer_idx], self._folder / f"readings-{layer_idx}.pt")
+        content = {"key": self._key, "layer_idx": layer_idx, "readings": sorted(readings)}
+        temporary = self._folder / _NEXT_PROGRESS
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(temporary, self._folder / _PROGRESS)
 
     def _overflow(self) -> Path:
         if self._temporary is None:

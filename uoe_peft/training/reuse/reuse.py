@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, cast
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from uoe_peft.data import Batch
-from uoe_peft.moe.passes import find_streamed, keep_layers
+from uoe_peft.moe.passes import check_layers, find_streamed, keep_layers
 from uoe_peft.moe.segments import find_layers
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.objective.objective import Objective
@@ -87,6 +87,8 @@ class Reuse:
             ValueError: A model that is trained in full was trained before, and now reads other rows.
         """
         args, num_epochs, sharded = self.args, self.rows.num_epochs, self._sharded()
+        if find_streamed(self.model) is not None:
+            check_layers(self.model, self._run_by_steps(objective.reference.hidden_layer, objective.targets))
         with (
             state_folder(args, self._accelerator) as folder,
             cache_or_none(args, lambda: self._make_cache(folder), num_epochs=num_epochs, sharded=sharded) as found,
@@ -132,10 +134,12 @@ class Reuse:
     def _keep_what_steps_run(self, objective: Objective) -> None:
         """Bring in the layers of a streamed model from the lowest edited one to the last that a step runs."""
         if self.from_cache and find_streamed(self.model) is not None:
-            last = objective.reference.last_layer
-            num_layers = len(find_layers(self.model)._modules)
-            stop = num_layers if last is None else last + 1
-            keep_layers(self.model, range(cast(PrefixCache, self._cache).layer_idx, stop))
+            keep_layers(self.model, self._run_by_steps(objective.reference.last_layer, objective.targets))
+
+    def _run_by_steps(self, last_layer: int | None, targets: Iterable[int]) -> range:
+        """The layers from the lowest edited one to the last that a step runs; None: it runs all."""
+        num_layers = len(find_layers(self.model)._modules)
+        return range(min(targets, default=0), num_layers if last_layer is None else max([last_layer, *targets]) + 1)
 
     def _ask_reference(self, objective: Objective, folder: StateFolder | None) -> None:
         """Ask the reference what is needed before the first step; on disk where there is a folder with room."""

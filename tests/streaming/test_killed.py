@@ -1,0 +1,63 @@
+"""Killed at any layer and started again, a run gives the same bits, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.streaming import killed_run
+from tests.streaming.conftest import Open
+from uoe_peft.streaming.reader import PartReader
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Processes that have imported everything already: many may die for the time of one import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.streaming.killed_run"])
+    return context
+
+
+@pytest.mark.parametrize(
+    ("dies_in", "goes_on_at"),
+    [("layer-0/1.pt", 0), ("layer-1/2.pt", 1), ("readings-1.pt", 1), ("note-0", 0), ("note-1", 1)],
+)
+@pytest.mark.filterwarnings("ignore::uoe_peft.attribution.AttributionWarning")
+def test_killed_and_started_again(
+    dies_in: str,
+    goes_on_at: int,
+    processes: ForkServerContext,
+    checkpoint: Path,
+    opened: Open,
+    resident: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    states = tmp_path / "states"
+    place = dies_in if "/" in dies_in or dies_in.startswith("note") else f"states/{dies_in}"
+    process = processes.Process(target=killed_run.run, args=(str(checkpoint), str(states), place))
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode == -signal.SIGKILL
+    assert list(states.rglob("*.pt")), "it died before it wrote anything"
+    reads: list[int] = []
+    whole = PartReader.read
+
+    def counted(self: PartReader, belongs: Any) -> dict[str, Tensor]:
+        found = whole(self, belongs)
+        reads.extend({int(name.split(".")[2]) for name in found if ".layers." in name})
+        return found
+
+    monkeypatch.setattr(PartReader, "read", counted)
+    again = killed_run.attribute(opened(state_dir=states))
+    assert reads == list(range(goes_on_at, 3))
+    assert torch.equal(again.affinity, killed_run.attribute(resident).affinity)
+    assert list(states.iterdir()) == []

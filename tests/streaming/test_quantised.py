@@ -1,0 +1,122 @@
+"""Checkpoints in few bits are made plain while they are streamed, against formulas that are written here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
+
+from tests.streaming.conftest import Open, SaveFamily
+from uoe_peft.errors import UnsupportedModelError
+from uoe_peft.moe.segments import find_layers
+from uoe_peft.streaming import StreamedModel
+
+BLOCK = (16, 20)
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": BLOCK, "activation_scheme": "dynamic"}
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def say_quantised(folder: Path, form: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": form}))
+
+
+def assert_same_model(quantised: Path, plain: Path) -> None:
+    resident = AutoModelForCausalLM.from_pretrained(plain, dtype="float32")
+    streamed: Any = StreamedModel.from_pretrained(quantised, show_progress=False)
+    ids = torch.arange(2, 20).view(2, 9)
+    with torch.no_grad():
+        assert torch.equal(streamed(input_ids=ids).logits, resident(input_ids=ids).logits)
+    for layer_idx, layer in enumerate(find_layers(resident).children()):
+        streamed.keep_layers([layer_idx])
+        kept = dict(find_layers(streamed).get_submodule(str(layer_idx)).named_parameters())
+        for name, parameter in layer.named_parameters():
+            assert torch.equal(kept[name], parameter), name
+            assert kept[name].dtype == torch.float32
+
+
+def in_blocks(scales: Tensor, shape: torch.Size) -> Tensor:
+    """Each block's scale for each of its weights; the last blocks are cut."""
+    return scales.repeat_interleave(BLOCK[0], dim=0).repeat_interleave(BLOCK[1], dim=1)[: shape[0], : shape[1]]
+
+
+def test_fp8_in_blocks_some_of_which_are_cut(saved_family: SaveFamily, tmp_path: Path) -> None:
+    folder, _ = saved_family("deepseek_v3")
+    tensors, plain = load_file(folder / "model.safetensors"), {}
+    stored: dict[str, Tensor] = {}
+    for name, weight in tensors.items():
+        plain[name] = stored[name] = weight
+        if "_proj" in name and weight.dim() == 2:
+            grid = (-(-weight.shape[0] // BLOCK[0]), -(-weight.shape[1] // BLOCK[1]))
+            scales = torch.rand(grid) + 0.5
+            stored[name] = weight.to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scales
+            plain[name] = stored[name].float() * in_blocks(scales, weight.shape)
+    assert any("experts.5" in name for name in stored if name.endswith("scale_inv"))
+    for made, path in ((stored, folder), (plain, tmp_path / "plain")):
+        path.mkdir(exist_ok=True)
+        save_file(made, path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "plain" / "config.json").write_text((folder / "config.json").read_text())
+    say_quantised(folder, FP8)
+    assert_same_model(folder, tmp_path / "plain")
+
+
+def test_mxfp4(tmp_path: Path) -> None:
+    config = GptOssConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        head_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    GptOssForCausalLM(config).save_pretrained(tmp_path / "stored")
+    plain = load_file(tmp_path / "stored" / "model.safetensors")
+    stored: dict[str, Tensor] = {}
+    for name, weight in plain.items():
+        stored[name] = weight
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, outputs = weight.shape
+            blocks = torch.randint(256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(118, 126, (experts, outputs, inputs // 32), dtype=torch.uint8)
+            pairs = torch.stack([FP4[(blocks % 16).long()], FP4[(blocks // 16).long()]], dim=-1)  # low bits come first
+            numbers = pairs.flatten(-2) * 2.0 ** (scales.float() - 127)[..., None]
+            plain[name] = numbers.flatten(-2).transpose(1, 2).contiguous()
+            del stored[name]
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    for made, path in ((stored, tmp_path / "stored"), (plain, tmp_path / "plain")):
+        path.mkdir(exist_ok=True)
+        save_file(made, path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "plain" / "config.json").write_text((tmp_path / "stored" / "config.json").read_text())
+    say_quantised(tmp_path / "stored", MXFP4)
+    assert_same_model(tmp_path / "stored", tmp_path / "plain")
+
+
+@pytest.mark.parametrize("form", [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "mine"}])
+def test_other_forms_are_refused(form: dict[str, Any], checkpoint: Path, opened: Open) -> None:
+    say_quantised(checkpoint, form)
+    with pytest.raises(UnsupportedModelError, match=rf"quantised \({form['quant_method']}\).* only fp8 in blocks and"):
+        opened()
+
+
+def test_scales_that_do_not_fit_are_said_when_it_is_opened(saved_family: SaveFamily) -> None:
+    folder, _ = saved_family("deepseek_v3")
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    stored[name] = stored[name].to(torch.float8_e4m3fn)
+    stored[f"{name}_scale_inv"] = torch.ones(7, 5)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    say_quantised(folder, FP8)
+    with pytest.raises(ValueError, match=r"cannot be made plain .*o_proj"):
+        StreamedModel.from_pretrained(folder)
