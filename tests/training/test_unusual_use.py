@@ -172,9 +172,7 @@ def test_a_formatting_function_that_was_changed_is_called_again(make_trainer, to
 @pytest.mark.parametrize("loss", ["npo", "idk"])
 def test_a_set_of_which_no_batch_is_left_is_refused(make_trainer, build, loss):
     options = {"dataloader_drop_last": True, "forget_loss": loss}
-    with pytest.raises(
-        ValueError, match="the 8 rows of the forget set do not fill one of 9: nothing would be"
-    ):
+    with pytest.raises(ValueError, match="the 8 rows of the forget set do not fill one of 9: nothing would be"):
         make_trainer(per_device_train_batch_size=9, **options)
     trainer = make_trainer(per_device_train_batch_size=8, max_steps=1, **options)
     trainer.train()

@@ -233,7 +233,8 @@ def plan_unlearning(
     idle = sum(
         counts[i] * (block.num_experts - experts_per_token(config, block.num_experts)) for i, block in blocks.items()
     )
-    embedding = model.get_input_embeddings().weight.numel()
+    table: Any = model.get_input_embeddings()
+    embedding = table.weight.numel()
     active = parameters - idle - embedding * (not getattr(text, "tie_word_embeddings", False))
     trained = counts[chosen] + blocks[chosen].num_experts * blocks[chosen].hidden_size
     share = (text.num_hidden_layers - chosen) / text.num_hidden_layers
