@@ -140,6 +140,17 @@ def test_tools_and_options_of_a_row_reach_its_template(as_text: bool) -> None:
         assert answers(said, tokenizer, **row) == ["a<|end|>"]
 
 
+def test_what_other_rows_have_is_not_there() -> None:
+    """A table holds None for a key that another row has, and templates ask whether the key is there."""
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = Dataset.from_list([{"messages": said}, {"messages": [said[0], said[1] | {"thinking": "why"}]}])
+    assert "thinking" in rows[0]["messages"][1]
+    assert read_messages([{"role": None, "from": "human", "content": None, "value": "q"}]) == said[:1]
+    tokenizer = tokenizer_of("gpt_oss")
+    plain, _ = tokenize_dataset(rows, tokenizer, max_length=None)
+    assert plain["input_ids"] == list(tokenizer.apply_chat_template(said, return_dict=True)["input_ids"])
+
+
 def test_characters_that_stand_for_no_text_may_be_said_too() -> None:
     messages = [{"role": "user", "content": "\ue000?"}, {"role": "assistant", "content": "a\ue000\ue001b"}]
     assert answers(messages, tokenizer_of("qwen3")) == ["a\ue000\ue001b<|im_end|>\n"]

@@ -113,8 +113,9 @@ def test_sets_that_unlearning_cannot_read_are_refused_before_the_model_is_loaded
     with pytest.raises(ValueError, match="skip_prepare_dataset"):
         make_trainer("no/such/model", dataset_kwargs={"skip_prepare_dataset": True})
     pictures = Dataset.from_dict({"prompt": ["q"], "completion": ["a"], "images": ["a.png"]})
-    with pytest.raises(ValueError, match=r"the forget set has the columns \['images'\]"):
-        make_trainer("no/such/model", forget=pictures)
+    for role in ("forget", "retain"):
+        with pytest.raises(ValueError, match=rf"the {role} set has the columns \['images'\]"):
+            make_trainer("no/such/model", **{role: pictures})
 
 
 def test_processes_for_tokenising_are_honoured(make_trainer, monkeypatch):
