@@ -88,6 +88,12 @@ def test_a_retain_set_that_training_does_not_need_still_tells_specialists_from_g
     assert attribution["retain"]["num_tokens"] == expected
 
 
+def test_a_retain_set_that_attribution_alone_reads_is_formatted_too(make_trainer, build, sets):
+    options = {"formatting_func": lambda row: f"<{row['completion']}>", "completion_only_loss": False}
+    _, attribution = auto(make_trainer, build, retain_loss="none", attribution_score="contrast", **options)
+    assert attribution["retain"]["num_tokens"] == sum(len(answer) + 3 for answer in sets[1]["completion"])
+
+
 def test_all_processes_train_what_the_first_has_found(make_trainer, build, monkeypatch):
     monkeypatch.setattr("uoe_peft.training.auto.broadcast_object_list", lambda found: [[(0, 4)], {**found[1], "of": 0}])
     trainer, attribution = auto(make_trainer, build)
@@ -127,7 +133,8 @@ def test_processes_for_tokenising_are_honoured(make_trainer, monkeypatch):
         return plain(self, *args, **options)
 
     monkeypatch.setattr(Dataset, "map", spy)
-    for loss in ("npo", "idk"):
+    written = {"formatting_func": lambda row: row["prompt"], "completion_only_loss": False}
+    for options in ({"forget_loss": "npo"}, {"forget_loss": "idk"}, written):
         asked.clear()
-        make_trainer(forget_loss=loss, dataset_num_proc=3)
+        make_trainer(dataset_num_proc=3, **options)
         assert set(asked) == {3}
