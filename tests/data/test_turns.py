@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from importlib.resources import files
@@ -121,6 +122,33 @@ def test_words_that_look_like_the_template_do_not_mislead() -> None:
         {"role": "user", "content": "more"},
     ]
     assert answers(messages, tokenizer_of("qwen3")) == [f"{trap}<|im_end|>\n", "\n<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_options_of_a_row_reach_its_template(as_text: bool) -> None:
+    template = (
+        "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{{ mood }}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template, ["<|user|>", "<|assistant|>", "<|end|>"])
+    tools: Any = [{"type": "function", "function": {"name": "find"}}]
+    row = {"tools": json.dumps(tools) if as_text else tools, "chat_template_kwargs": {"mood": "calm"}}
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for messages in ({"messages": said}, {"prompt": said[:1], "completion": said[1:]}):
+        (found,) = tokenize_dataset(Dataset.from_list([messages | row]), tokenizer, max_length=None)
+        assert tokenizer.decode(found["input_ids"]) == "[find]calm<|user|>q<|end|><|assistant|>a<|end|>"
+        assert answers(said, tokenizer, **row) == ["a<|end|>"]
+
+
+def test_what_other_rows_have_is_not_there() -> None:
+    """A table holds None for a key that another row has, and templates ask whether the key is there."""
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = Dataset.from_list([{"messages": said}, {"messages": [said[0], said[1] | {"thinking": "why"}]}])
+    assert "thinking" in rows[0]["messages"][1]
+    assert read_messages([{"role": None, "from": "human", "content": None, "value": "q"}]) == said[:1]
+    tokenizer = tokenizer_of("gpt_oss")
+    plain, _ = tokenize_dataset(rows, tokenizer, max_length=None)
+    assert plain["input_ids"] == list(tokenizer.apply_chat_template(said, return_dict=True)["input_ids"])
 
 
 def test_characters_that_stand_for_no_text_may_be_said_too() -> None:

@@ -88,6 +88,12 @@ def test_a_retain_set_that_training_does_not_need_still_tells_specialists_from_g
     assert attribution["retain"]["num_tokens"] == expected
 
 
+def test_a_retain_set_that_attribution_alone_reads_is_formatted_too(make_trainer, build, sets):
+    options = {"formatting_func": lambda row: f"<{row['completion']}>", "completion_only_loss": False}
+    _, attribution = auto(make_trainer, build, retain_loss="none", attribution_score="contrast", **options)
+    assert attribution["retain"]["num_tokens"] == sum(len(answer) + 3 for answer in sets[1]["completion"])
+
+
 def test_all_processes_train_what_the_first_has_found(make_trainer, build, monkeypatch):
     monkeypatch.setattr("uoe_peft.training.auto.broadcast_object_list", lambda found: [[(0, 4)], {**found[1], "of": 0}])
     trainer, attribution = auto(make_trainer, build)
@@ -113,8 +119,9 @@ def test_sets_that_unlearning_cannot_read_are_refused_before_the_model_is_loaded
     with pytest.raises(ValueError, match="skip_prepare_dataset"):
         make_trainer("no/such/model", dataset_kwargs={"skip_prepare_dataset": True})
     pictures = Dataset.from_dict({"prompt": ["q"], "completion": ["a"], "images": ["a.png"]})
-    with pytest.raises(ValueError, match=r"the forget set has the columns \['images'\]"):
-        make_trainer("no/such/model", forget=pictures)
+    for role in ("forget", "retain"):
+        with pytest.raises(ValueError, match=rf"the {role} set has the columns \['images'\]"):
+            make_trainer("no/such/model", **{role: pictures})
 
 
 def test_processes_for_tokenising_are_honoured(make_trainer, monkeypatch):
@@ -126,7 +133,8 @@ def test_processes_for_tokenising_are_honoured(make_trainer, monkeypatch):
         return plain(self, *args, **options)
 
     monkeypatch.setattr(Dataset, "map", spy)
-    for loss in ("npo", "idk"):
+    written = {"formatting_func": lambda row: row["prompt"], "completion_only_loss": False}
+    for options in ({"forget_loss": "npo"}, {"forget_loss": "idk"}, written):
         asked.clear()
-        make_trainer(forget_loss=loss, dataset_num_proc=3)
+        make_trainer(dataset_num_proc=3, **options)
         assert set(asked) == {3}

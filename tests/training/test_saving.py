@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -93,16 +95,30 @@ def test_a_checkpoint_without_an_active_adapter_is_refused(build, tmp_path):
         load_adapters(two_adapters(build), tmp_path)
 
 
-def test_a_checkpoint_of_other_experts_is_refused(make_trainer, build, tmp_path):
-    """Its tensors have the same names and shapes, and would be put on experts that they were not trained for."""
-    make_trainer(build.uoe(build.model()), save_strategy="steps", save_steps=1).train()
-    checkpoint = str(tmp_path / "out" / "checkpoint-1")
-    other = make_trainer(build.uoe(build.model(), target_experts=[(1, 3)]))
-    with pytest.raises(
-        ValueError, match=r"edits the experts \[\(1, 2\)\], the model's edits \[\(1, 3\)\]; resume with"
-    ):
-        other.train(resume_from_checkpoint=checkpoint)
-    make_trainer(build.uoe(build.model())).train(resume_from_checkpoint=checkpoint)
+@pytest.mark.parametrize(
+    ("saved", "own", "message"),
+    [
+        (
+            {},
+            {"target_experts": [(1, 3)]},
+            r"with target_experts=\[\(1, 2\)\], the model's has target_experts=\[\(1, 3\)\]",
+        ),
+        ({"delta_type": "low_rank"}, {"delta_type": "low_rank", "uoe_alpha": 8}, "with uoe_alpha=32, the model's has"),
+        (
+            {"router_delta_type": "low_rank", "use_rslora": True},
+            {"router_delta_type": "low_rank"},
+            "use_rslora=True, the",
+        ),
+        ({"strength": 0.5}, {}, "resume with strength=0.5"),
+        ({"uoe_alpha": 8}, {}, None),  # of full deltas it says nothing
+    ],
+)
+def test_a_checkpoint_of_another_adapter_is_refused(make_trainer, build, tmp_path, saved, own, message):
+    """Tensors of other experts, and of other scales, have the same names and shapes."""
+    make_trainer(build.uoe(build.model(), **saved), save_strategy="steps", save_steps=1, max_steps=1).train()
+    other = make_trainer(build.uoe(build.model(), **own))
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
 
 def named(build, *, experts):
@@ -119,7 +135,7 @@ def test_an_adapter_of_another_name_resumes_and_loads(make_trainer, build, tmp_p
     for (name, expected), parameter in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(parameter, expected), name
     assert resumed.model.active_adapters == ["request"]
-    with pytest.raises(ValueError, match="'request' that edits the experts"):
+    with pytest.raises(ValueError, match="'request' with target_experts"):
         other = make_trainer(named(build, experts=[(1, 3)]), **options)
         other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     whole.save_model(str(tmp_path / "saved"))

@@ -39,7 +39,7 @@ class SavingTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
-            check_same_experts(self.model, Path(resume_from_checkpoint))
+            check_same_adapters(self.model, Path(resume_from_checkpoint))
         if not self._load_unsharded(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -110,26 +110,34 @@ def load_adapters(model: PeftModel, folder: Path) -> None:
         set_peft_model_state_dict(model, load_file(place / _ADAPTER_FILE), adapter_name=name)
 
 
-def check_same_experts(model: PeftModel, folder: Path) -> None:
-    """Whether a checkpoint's adapters edit what the model's do: tensors of other experts look just the same.
+def check_same_adapters(model: PeftModel, folder: Path) -> None:
+    """Whether a checkpoint's tensors mean in the model what they meant: of other experts or scales they look the same.
 
     Args:
         model: Where the checkpoint will be loaded.
         folder: Where it is.
 
     Raises:
-        ValueError: An active UOE adapter edited other experts when the checkpoint was written.
+        ValueError: An active UOE adapter edited other experts, or had another scale, when the checkpoint was written.
     """
     for name, place in _places(model, folder).items():
         config = model.peft_config[name]
         if not isinstance(config, UOEConfig) or not (place / _CONFIG_FILE).is_file():
             continue
-        saved = UOEConfig.from_pretrained(str(place))
-        if saved.target_experts != config.target_experts:
-            raise ValueError(
-                f"the checkpoint {folder} is of an adapter {name!r} that edits the experts {saved.target_experts}, the "
-                f"model's edits {config.target_experts}; resume with target_experts={saved.target_experts}"
-            )
+        saved, own = _meaning(UOEConfig.from_pretrained(str(place))), _meaning(config)
+        for option in saved.keys() & own.keys():
+            if saved[option] != own[option]:
+                raise ValueError(
+                    f"the checkpoint {folder} is of an adapter {name!r} with {option}={saved[option]}, the model's has "
+                    f"{option}={own[option]}; resume with {option}={saved[option]}"
+                )
+
+
+def _meaning(config: UOEConfig) -> dict[str, Any]:
+    """What neither names nor shapes of an adapter's tensors tell."""
+    scaled = "low_rank" in (config.delta_type, config.router_delta_type)
+    names = ("target_experts", "strength", *(("uoe_alpha", "use_rslora") if scaled else ()))
+    return {name: getattr(config, name) for name in names}
 
 
 def _places(model: PeftModel, folder: Path) -> dict[str, Path]:
