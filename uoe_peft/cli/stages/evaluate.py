@@ -103,6 +103,11 @@ class EvaluateArguments(ColumnOptions, OverwriteOption):
 def run(arguments: Sequence[str]) -> None:
     """Evaluate, print the table and write the report to `--output_dir`; answers so far are kept there, too."""
     (options,) = parse("evaluate", arguments, EvaluateArguments)
+    if Path(options.output_dir).resolve().is_relative_to(Path(options.adapter).resolve()):
+        raise ValueError(
+            f"--output_dir {options.output_dir} is in the adapter's folder, which is uploaded when it is shared; the "
+            "report shows questions and answers: name another folder"
+        )
     check_folder(options.output_dir, overwrite=options.overwrite, option="output_dir", own=("report.json",))
     name = base_of(options)
     if options.update_card and (options.adapter is None or not Path(options.adapter).is_dir()):
