@@ -67,6 +67,15 @@ def test_a_rank_is_said_of_low_rank_deltas_alone(tmp_path: Path) -> None:
         assert line in (tmp_path / "README.md").read_text()
 
 
+def test_a_picture_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    configs = {"default": UOEConfig(target_experts=[(2, 1)])}
+    write_card(tmp_path, configs)
+    assert "![" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "report.svg").touch()
+    write_card(tmp_path, configs)
+    assert "\n\n![Report](report.svg)\n\n" in (tmp_path / "README.md").read_text()
+
+
 def test_pefts_methods_are_replaced_once_and_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("create_or_update_model_card", "_upload_modified_files"):
         method = getattr(PeftModel, name)
