@@ -76,6 +76,7 @@ def test_linear_sums_are_exact_whatever_the_base_is_stored_in(
     assert config.delta_type == config.router_delta_type == ("low_rank" if kwargs else "full")
     if kwargs:
         assert config.r == 5
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".mixed." in name)
 
 
 def test_sums_of_transposed_low_rank_deltas(models: dict[str, PreTrainedModel], logits: Logits) -> None:
@@ -89,7 +90,8 @@ def test_sums_of_transposed_low_rank_deltas(models: dict[str, PreTrainedModel], 
 
 def test_decompositions_of_bfloat16_deltas(qwen: PreTrainedModel) -> None:
     model = two_adapters(qwen.to(torch.bfloat16), autocast_adapter_dtype=False)
-    model.base_model.add_weighted_adapter(["default"], [2.0], "small", combination_type="svd", svd_rank=np.int64(2))
+    options = {"combination_type": "".join("svd"), "svd_rank": np.int64(2)}
+    model.base_model.add_weighted_adapter(["default"], [2.0], "small", **options)
     for layer in uoe_layers(model)[1:]:  # experts; "svd" leaves the full delta of a router full
         for projection, index, delta in stored_deltas(layer, "default"):
             left, singular, right = np.linalg.svd(2 * delta.detach().double().numpy(), full_matrices=False)
@@ -125,6 +127,8 @@ def test_a_message_names_what_is_unknown(qwen: PreTrainedModel) -> None:
     for adapters, named in ((["default", "absent"], r"\['absent'\]"), ([], r"\[\]")):
         with pytest.raises(ValueError, match=f"adapters {named} not found"):
             tuner.add_weighted_adapter(adapters, [1.0, 1.0], "new")
+    with pytest.raises(ValueError, match="must name each adapter once"):
+        tuner.add_weighted_adapter(["default", "default"], [1.0, 1.0], "new")
     for weights in ([1.0], [1.0, 1.0, 1.0]):
         with pytest.raises(ValueError, match=f"got 2 adapters and {len(weights)} weights"):
             tuner.add_weighted_adapter(["default", "second"], weights, "new")
@@ -146,6 +150,7 @@ SUMS = [
     ("target_projections", None, ["down_proj"], None),
     ("target_projections", ["up_proj"], ["down_proj", "up_proj"], ["down_proj", "up_proj"]),
     ("modules_to_save", ["lm_head"], ["lm_head"], None),
+    ("base_model_name_or_path", "org/base", "org/other", "org/base"),
     ("attribution", {"score": "gate"}, {"score": "gate"}, None),
 ]
 

@@ -169,6 +169,20 @@ def test_zero_expert_silences_an_expert_of_three_modules(projections: list[str] 
         get_peft_model(silenced, make_config(silenced, **options | {"target_projections": ["gate_proj", "up_proj"]}))
 
 
+@pytest.mark.parametrize(("family", "last"), [("qwen2_moe", "down_proj"), ("dbrx", "w2")])
+def test_zero_expert_takes_away_the_last_matrix_of_a_stack_alone(family: str, last: str) -> None:
+    base = build(family)
+    storage = find_moe_blocks(base)[-1].storage
+    expected = {name: storage.weight(name, 1).clone() * (name == last) for name in storage.projections}
+    model = get_peft_model(base, make_config(base, init_weights="zero_expert"))
+    for name, delta in model.named_parameters():
+        if ".experts." in name and ".uoe_" in name:
+            torch.testing.assert_close(delta[0], -expected.pop(name.rpartition(".")[2]))
+        elif ".uoe_" in name:
+            assert not delta.any()
+    assert not expected
+
+
 def test_zero_expert_silences_what_lies_under_a_merged_adapter(qwen: PreTrainedModel, logits: Logits) -> None:
     silenced = copy.deepcopy(qwen)
     block = find_moe_blocks(silenced)[-1]
