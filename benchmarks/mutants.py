@@ -328,7 +328,7 @@ class Loop:
         statement, *_ = scopes(mutant.path, mutant.mutation.start_pos[0], mutant.mutation.end_pos[0])
         called = any("" in baseline.runs[str(mutant.path)].get(line, ()) for line in statement)
         functions = [(function, code) for place, code in (codes or {}).items() for function in self.live[place]]
-        if called or not functions:
+        if called or not functions or any(f.__code__.co_freevars != code.co_freevars for f, code in functions):
             return None
 
         def run() -> int:

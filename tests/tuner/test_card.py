@@ -64,7 +64,20 @@ def test_a_rank_is_said_of_low_rank_deltas_alone(tmp_path: Path) -> None:
         ({"delta_type": "low_rank", "r": 4, "use_rslora": True}, "- deltas: low_rank, rank 4, scale 32 / √4\n"),
     ):
         write_card(tmp_path, {"default": UOEConfig(target_experts=[(2, 1)], **options)})
-        assert line in (tmp_path / "README.md").read_text()
+        text = (tmp_path / "README.md").read_text()
+        assert line in text and "- routers of these layers: full\n" in text
+        assert "(adapter `" not in text  # there is only one
+    write_card(tmp_path, {"default": UOEConfig(target_experts=[(2, 1)], train_router=False)})
+    assert "- routers of these layers: unchanged\n" in (tmp_path / "README.md").read_text()
+
+
+def test_a_picture_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    configs = {"default": UOEConfig(target_experts=[(2, 1)])}
+    write_card(tmp_path, configs)
+    assert "![" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "report.svg").touch()
+    write_card(tmp_path, configs)
+    assert "\n\n![Report](report.svg)\n\n" in (tmp_path / "README.md").read_text()
 
 
 def test_pefts_methods_are_replaced_once_and_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:

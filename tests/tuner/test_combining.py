@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.tuner.conftest import hand_edited, make_config, randomise, stored_deltas
-from uoe_peft.tuner import UOELayer
+from uoe_peft.tuner import UOEConfig, UOELayer
+from uoe_peft.tuner.combining import combined_config
 
 Logits = Callable[..., Tensor]
 LOW_RANK = {"delta_type": "low_rank", "router_delta_type": "low_rank"}
@@ -76,6 +77,7 @@ def test_linear_sums_are_exact_whatever_the_base_is_stored_in(
     assert config.delta_type == config.router_delta_type == ("low_rank" if kwargs else "full")
     if kwargs:
         assert config.r == 5
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".mixed." in name)
 
 
 def test_sums_of_transposed_low_rank_deltas(models: dict[str, PreTrainedModel], logits: Logits) -> None:
@@ -89,7 +91,8 @@ def test_sums_of_transposed_low_rank_deltas(models: dict[str, PreTrainedModel], 
 
 def test_decompositions_of_bfloat16_deltas(qwen: PreTrainedModel) -> None:
     model = two_adapters(qwen.to(torch.bfloat16), autocast_adapter_dtype=False)
-    model.base_model.add_weighted_adapter(["default"], [2.0], "small", combination_type="svd", svd_rank=np.int64(2))
+    options = {"combination_type": "".join("svd"), "svd_rank": np.int64(2)}
+    model.base_model.add_weighted_adapter(["default"], [2.0], "small", **options)
     for layer in uoe_layers(model)[1:]:  # experts; "svd" leaves the full delta of a router full
         for projection, index, delta in stored_deltas(layer, "default"):
             left, singular, right = np.linalg.svd(2 * delta.detach().double().numpy(), full_matrices=False)
@@ -203,6 +206,66 @@ def test_bad_combinations_change_nothing(
     with pytest.raises(ValueError, match=message):
         model.base_model.add_weighted_adapter(*arguments, "new", **options)
     assert set(model.state_dict()) == names and set(model.peft_config) == {"default", "second"}
+
+
+def test_a_message_names_what_is_unknown(qwen: PreTrainedModel) -> None:
+    tuner = two_adapters(qwen).base_model
+    for adapters, named in ((["default", "absent"], r"\['absent'\]"), ([], r"\[\]")):
+        with pytest.raises(ValueError, match=f"adapters {named} not found"):
+            tuner.add_weighted_adapter(adapters, [1.0, 1.0], "new")
+    with pytest.raises(ValueError, match="must name each adapter once"):
+        tuner.add_weighted_adapter(["default", "default"], [1.0, 1.0], "new")
+    for weights in ([1.0], [1.0, 1.0, 1.0]):
+        with pytest.raises(ValueError, match=f"got 2 adapters and {len(weights)} weights"):
+            tuner.add_weighted_adapter(["default", "second"], weights, "new")
+
+
+# Two adapters' choices, and that of a sum that can hold both.
+SUMS = [
+    ("delta_type", "full", "full", "full"),
+    ("delta_type", "low_rank", "full", "full"),
+    ("delta_type", "low_rank", "low_rank", "low_rank"),
+    ("router_delta_type", "low_rank", "low_rank", "low_rank"),
+    ("router_delta_type", "full", "low_rank", "full"),
+    ("router_delta_type", "full", "full", "full"),
+    ("train_router", False, False, False),
+    ("train_router", False, True, True),
+    ("use_rslora", True, True, False),
+    ("strength", 0.5, 0.25, 1.0),
+    ("r", 3, 4, 7),
+    ("target_projections", None, ["down_proj"], None),
+    ("target_projections", ["up_proj"], ["down_proj", "up_proj"], ["down_proj", "up_proj"]),
+    ("modules_to_save", ["lm_head"], ["lm_head"], None),
+    ("base_model_name_or_path", "org/base", "org/other", "org/base"),
+    ("attribution", {"score": "gate"}, {"score": "gate"}, None),
+]
+
+
+@pytest.mark.parametrize(("name", "first", "second", "expected"), SUMS)
+def test_the_config_of_a_sum(name: str, first: Any, second: Any, expected: Any) -> None:
+    # Strings as a parser makes them: equal to the code's own, but not the same objects.
+    values = ["".join(value) if isinstance(value, str) else value for value in (first, second)]
+    configs = [UOEConfig(target_experts=[(2, place)], **{name: value}) for place, value in enumerate(values)]
+    found = combined_config(configs, "linear", None)
+    assert getattr(found, name) == expected
+    assert found.target_experts == [(2, 0), (2, 1)]
+    assert found.uoe_alpha == found.r and not found.use_rslora  # scale 1
+    assert combined_config(configs, "svd", None).r == max(config.r for config in configs)
+    assert combined_config(configs, "svd", 2).r == 2
+
+
+def test_a_sum_that_no_router_is_part_of_has_the_default_kind_of_router() -> None:
+    config = UOEConfig(target_experts=[(2, 1)], train_router=False, router_delta_type="low_rank")
+    assert combined_config([config], "linear", None).router_delta_type == "full"
+
+
+def test_an_exact_sum_takes_the_scale_of_what_holds_it_into_account(qwen: PreTrainedModel) -> None:
+    model = two_adapters(qwen, **LOW_RANK)  # scales 1 and 2
+    for layer in uoe_layers(model):
+        layer.set_weighted_sum("second", {"default": -0.5}, truncate=False)
+        for projection, index, delta in stored_deltas(layer, "default"):
+            if index in layer.target_indices["second"]:
+                torch.testing.assert_close(layer.get_delta_weight("second", projection, index), -0.5 * delta)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

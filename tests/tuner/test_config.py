@@ -19,6 +19,11 @@ def test_pairs_and_mappings_mean_the_same() -> None:
     assert UOEConfig(target_experts=[(2, 5), (0, 3), (2, 1)]).target_experts == [(0, 3), (2, 1), (2, 5)]
 
 
+def test_a_choice_need_not_be_the_codes_own_string() -> None:
+    assert UOEConfig(target_experts="".join("auto")).target_experts == "auto"
+    assert UOEConfig(target_experts=[(0, 1)], init_weights="".join("zero_expert")).init_weights == "zero_expert"
+
+
 def test_round_trip_through_json_keeps_every_field(tmp_path: Path) -> None:
     record = {"score": "gate", "affinity": 0.31, "tokens": 1234, "fingerprint": "ab12"}
     config = UOEConfig(
@@ -111,6 +116,8 @@ def test_configs_of_version_0_1_0_load(tmp_path: Path, loader: type[PeftConfig])
         ({"target_experts": {"x": [1]}}, "integers >= 0"),
         ({"target_experts": {0: 1}}, "pairs"),
         ({"target_projections": "down_proj"}, "target_projections must be a non-empty list"),
+        ({"target_projections": 5}, "target_projections must be a non-empty list"),
+        ({"target_projections": {"down_proj": 1}}, "target_projections must be a non-empty list"),
         ({"target_projections": ["down_proj", "down_proj"]}, "distinct names"),
         ({"r": True}, "r must be an integer >= 1"),
         ({"r": 4.0}, "r must be an integer >= 1"),

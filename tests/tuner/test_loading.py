@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from tests.tuner.conftest import base_state, make_config, randomise
 from uoe_peft.tuner import UOEConfig, UOELayer
+from uoe_peft.tuner.loading import withdraw
 
 Logits = Callable[..., Tensor]
 
@@ -140,6 +141,18 @@ def test_the_callers_config_is_not_changed(qwen: PreTrainedModel) -> None:
     assert model.peft_config["default"].base_experts and model.peft_config["second"].target_modules
     model.set_strength(0.5, "second")
     assert config.strength == model.peft_config["default"].strength == 1.0
+
+
+def test_withdrawing_an_active_adapter_makes_no_other_active(qwen: PreTrainedModel) -> None:
+    model = get_peft_model(qwen, make_config(qwen))
+    model.add_adapter("second", make_config(qwen))
+    model.set_adapter("second")
+    layers = [module for module in model.modules() if isinstance(module, UOELayer)]
+    withdraw(model, "".join("second"))  # an equal string, but another object
+    assert layers and all(layer.active_adapters == [] for layer in layers)
+    assert all(list(layer.target_indices) == ["default"] for layer in layers)
+    withdraw(model, "default")
+    assert not any(isinstance(module, UOELayer) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["another", "second"])

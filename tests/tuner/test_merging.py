@@ -81,8 +81,17 @@ def test_an_adapter_named_twice_is_merged_once(qwen: PreTrainedModel, logits: Lo
     unmerged = logits(model)
     model.merge_adapter(["default", "default"])
     torch.testing.assert_close(logits(model), unmerged, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"\['absent'\] not found"):
-        model.merge_adapter(["absent"])
+    for names, named in ((["default", "absent"], r"\['absent'\]"), ([], r"\[\]")):
+        with pytest.raises(ValueError, match=f"adapters {named} not found"):
+            model.merge_adapter(names)
+
+
+def test_unmerging_what_is_not_merged_is_said_to_the_caller(qwen: PreTrainedModel) -> None:
+    model = get_peft_model(qwen, make_config(qwen))
+    layer = next(module for module in model.modules() if isinstance(module, UOELayer))
+    with pytest.warns(UserWarning, match="Already unmerged") as warnings:
+        layer.unmerge()
+    assert [warning.filename for warning in warnings] == [__file__]
 
 
 def test_embeddings_that_an_adapter_unties_are_saved_untied(logits: Logits, tmp_path: Any) -> None:

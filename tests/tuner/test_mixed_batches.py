@@ -26,10 +26,11 @@ def test_rows_of_a_routers_output_are_its_samples(shape: tuple[int, ...]) -> Non
     assert found.flatten().tolist() == [0.0] * (found.numel() // 2) + [1.0] * (found.numel() // 2)
 
 
-def test_rows_that_samples_do_not_divide_are_refused() -> None:
+@pytest.mark.parametrize("shape", [(3, 4), (3,), (1, 3, 4)])
+def test_rows_that_samples_do_not_divide_are_refused(shape: tuple[int, ...]) -> None:
     group = AppliedGroup(["default"], [False, True])
     with pytest.raises(ValueError, match="2 entries, which does not divide 3 tokens"):
-        _select(group, torch.ones(3, 4), torch.zeros(3, 4))
+        _select(group, torch.ones(shape), torch.zeros(shape))
 
 
 def test_a_model_makes_one_answer_of_a_sample_unless_it_is_told() -> None:

@@ -21,7 +21,7 @@ from tests.families import logits as family_logits
 from tests.tuner.conftest import hand_edited, make_config, randomise
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe import find_moe_blocks
-from uoe_peft.tuner import UOELayer
+from uoe_peft.tuner import UOEConfig, UOELayer
 
 Logits = Callable[..., Tensor]
 
@@ -42,7 +42,31 @@ def test_weights_that_a_hook_of_any_parent_brings_in_are_offloaded(qwen: PreTrai
     with pytest.raises(UnsupportedModelError, match=r"cannot edit model.layers.2.mlp.experts .* are offloaded"):
         get_peft_model(qwen, config)
     del holder._hf_hook
-    get_peft_model(qwen, config)  # a model without weights, as for counting parameters
+    model = get_peft_model(qwen, config)  # a model without weights, as for counting parameters
+    assert not any(p.is_meta for name, p in model.named_parameters() if ".uoe_" in name)
+
+
+def test_whole_weights_can_be_edited_whatever_hooks_there_are(qwen: PreTrainedModel) -> None:
+    qwen.model._hf_hook = types.SimpleNamespace(offload=True)
+    assert isinstance(find_moe_blocks(get_peft_model(qwen, make_config(qwen)))[-1].experts, UOELayer)
+
+
+def test_the_first_layer_that_differs_is_named(qwen: PreTrainedModel) -> None:
+    config = UOEConfig(target_experts=[(1, 0), (2, 0)], r=3)
+    experts = get_peft_model(copy.deepcopy(qwen), config).peft_config["default"].base_experts
+    for layer in ("1", "2"):
+        config.base_experts = {**experts, layer: {**experts[layer], "num_experts": 77}}
+        message = rf"layer {layer} of .* has \{{'num_experts': 6.*expects \{{'num_experts': 77"
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(copy.deepcopy(qwen), config)
+    config.base_experts = {"2": experts["2"]}
+    with pytest.raises(ValueError, match=r"layer 1 of .* the adapter expects None"):
+        get_peft_model(copy.deepcopy(qwen), config)
+
+
+def test_experts_and_layers_that_exist_are_named(qwen: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"has 6 experts, got expert_idx=6; use 0 to 5$"):
+        get_peft_model(qwen, make_config(qwen, expert_idx=6))
 
 
 def test_a_dispatched_model_is_edited_as_any_other(qwen: PreTrainedModel, logits: Logits) -> None:
@@ -131,12 +155,32 @@ def test_zero_expert_refuses_experts_with_biases(models: dict[str, PreTrainedMod
 @pytest.mark.parametrize("projections", [None, ["up_proj", "down_proj"], ["gate_proj", "down_proj"]])
 def test_zero_expert_silences_an_expert_of_three_modules(projections: list[str] | None) -> None:
     base, silenced = build("listed, router module"), build("listed, router module")
-    find_moe_blocks(silenced)[-1].experts[1].down_proj.weight.data.zero_()
-    options = {"init_weights": "zero_expert", "train_router": False, "target_projections": projections}
+    down = find_moe_blocks(silenced)[-1].experts[1].down_proj.weight.data
+    original = down.clone()
+    down.zero_()
+    choice = "".join("zero_expert")  # equal to the code's own string, but another object
+    options = {"init_weights": choice, "train_router": False, "target_projections": projections}
     model = get_peft_model(base, make_config(base, **options))
+    for name, delta in model.named_parameters():
+        if ".uoe_" in name:
+            assert not delta.any() if "down_proj" not in name else torch.equal(delta[0], -original)
     torch.testing.assert_close(family_logits(model, token_ids()), family_logits(silenced, token_ids()))
     with pytest.raises(ValueError, match="needs 'down_proj' among target_projections"):
         get_peft_model(silenced, make_config(silenced, **options | {"target_projections": ["gate_proj", "up_proj"]}))
+
+
+@pytest.mark.parametrize(("family", "last"), [("qwen2_moe", "down_proj"), ("dbrx", "w2")])
+def test_zero_expert_takes_away_the_last_matrix_of_a_stack_alone(family: str, last: str) -> None:
+    base = build(family)
+    storage = find_moe_blocks(base)[-1].storage
+    expected = {name: storage.weight(name, 1).clone() * (name == last) for name in storage.projections}
+    model = get_peft_model(base, make_config(base, init_weights="zero_expert"))
+    for name, delta in model.named_parameters():
+        if ".experts." in name and ".uoe_" in name:
+            torch.testing.assert_close(delta[0], -expected.pop(name.rpartition(".")[2]))
+        elif ".uoe_" in name:
+            assert not delta.any()
+    assert not expected
 
 
 def test_zero_expert_silences_what_lies_under_a_merged_adapter(qwen: PreTrainedModel, logits: Logits) -> None:

@@ -70,8 +70,9 @@ def test_it_can_be_changed_later(qwen: PreTrainedModel, logits: Logits, tmp_path
     assert torch.equal(logits(PeftModel.from_pretrained(copy.deepcopy(qwen), tmp_path)), logits(model))
     model.set_strength(0)
     assert torch.equal(logits(model), logits(qwen))
-    model.set_strength(1.5)
-    close(logits(model), logits(hand_edited(qwen, model, {"default": 1.5})))
+    for strength in (1.5, 2.0):
+        model.set_strength(strength)
+        close(logits(model), logits(hand_edited(qwen, model, {"default": strength})))
 
 
 def test_scales_of_peft_are_relative_to_it(qwen: PreTrainedModel, logits: Logits) -> None:

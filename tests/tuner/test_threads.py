@@ -61,6 +61,10 @@ def test_a_mixed_batch_is_of_its_own_thread(qwen: PreTrainedModel, logits: Logit
         mixed = pool.submit(run_mixed)
         assert in_mixed_batch.wait(timeout=60)
         assert torch.equal(logits(model), expected)  # with hooks of the other batch on its layers
+        two_samples = torch.randint(3, 50, (2, 7))
+        with ThreadPoolExecutor(1) as third:  # whose number is on the other side of the second's
+            results = [model(two_samples).logits, third.submit(model, two_samples).result().logits]
+        assert torch.equal(*results)
         other_is_done.set()
         assert not torch.equal(mixed.result()[0], expected[0])
 

@@ -32,7 +32,7 @@ def as_number(name: str, value: object, *, zero: bool) -> float:
     Raises:
         ValueError: It is something else.
     """
-    number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    number = value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
     ordinary = isinstance(number, Real) and not _is_bool(number) and math.isfinite(number)
     if not ordinary or number < 0 or (number == 0 and not zero):  # type: ignore[operator]
         raise ValueError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, got {value!r}")

@@ -164,7 +164,7 @@ def _edits(config: UOEConfig) -> Iterator[str]:
     projections = config.target_projections
     yield f"- matrices: {', '.join(sorted(projections)) if projections else 'all of the expert'}"
     yield f"- routers of these layers: {config.router_delta_type if config.train_router else 'unchanged'}"
-    yield f"- strength: {getattr(config, 'strength', 1.0):g}"
+    yield f"- strength: {config.strength:g}"
     chosen = config.attribution or {}
     named = [f"{key} {chosen[key]}" for key in ("score", "gate") if _is_plain(chosen.get(key))]
     if named:

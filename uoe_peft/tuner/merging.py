@@ -133,7 +133,7 @@ class UOELayer(DeltaLayer):
     def unmerge(self) -> None:
         """Put back the slices that :meth:`merge` kept aside, bit for bit."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)  # the decorator is in between
             return
         self._restore(self._merged_keys)
         self._merged_keys.clear()

@@ -175,7 +175,7 @@ class UOEModel(BaseTuner):
         try:
             check_state_dict(model, adapter_name, remapped, prefix=cls.prefix)
         except ValueError:
-            if getattr(config, "awaits_state", False) and isinstance(model, PeftModel):
+            if config.awaits_state and isinstance(model, PeftModel):
                 # It was put on for this file: without it, it would be an adapter that changes nothing.
                 others = set(model.peft_config) - {adapter_name}
                 model.delete_adapter(adapter_name) if others else cast(UOEModel, model.base_model).unload()

@@ -177,12 +177,13 @@ def _offloads(hook: Any) -> bool:
 def _check_same_base(config: UOEConfig, blocks: dict[str, MoEBlock], model: nn.Module) -> None:
     """Record what the target layers look like; or compare with what a saved adapter was made for."""
     found = {layer: _describe(block) for layer, block in blocks.items()}
-    if config.base_experts is not None and config.base_experts != found:
-        differing = sorted(layer for layer in found if config.base_experts.get(layer) != found[layer])
-        raise ValueError(
-            f"the adapter was made for another model: layer {differing[0]} of {type(model).__name__} has "
-            f"{found[differing[0]]}, the adapter expects {config.base_experts.get(differing[0])}"
-        )
+    for layer, experts in found.items():
+        expected = experts if config.base_experts is None else config.base_experts.get(layer)
+        if expected != experts:
+            raise ValueError(
+                f"the adapter was made for another model: layer {layer} of {type(model).__name__} has {experts}, the "
+                f"adapter expects {expected}"
+            )
     config.base_experts = found
 
 
