@@ -21,12 +21,15 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from conftest import TARGET, KeepGradients, make_args, make_sets, make_tokenizer, with_uoe
 from peft import PeftModel
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe import find_moe_blocks
+from uoe_peft.moe.storage import one_of_stack
 from uoe_peft.training import UnlearningTrainer
 from uoe_peft.tuner import UOEConfig
 
@@ -42,7 +45,6 @@ INSIDE_LAYERS = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2MoeDecode
 
 
 def pretend_accelerators() -> None:
-    dist.init_process_group("gloo")
     PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 
@@ -98,7 +100,7 @@ def make_trainer(model: Any, output: Path, *, batch_size: int, **options: Any) -
     forget, retain = make_sets()
     return UnlearningTrainer(
         model,
-        make_args(output_dir=str(output), per_device_train_batch_size=batch_size, **options),
+        make_args(output_dir=str(output), per_device_train_batch_size=batch_size, log_routing=True, **options),
         train_dataset=forget,
         retain_dataset=retain,
         processing_class=make_tokenizer(),
@@ -120,7 +122,7 @@ def train(model: PeftModel, output: Path, **options: Any) -> tuple[UnlearningTra
     seen = {
         "gradients": {name: whole(gradient) for name, gradient in keep.gradients.items()},
         "state": {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad},
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "logs": trainer.state.log_history[:2],
         "sharded": any(isinstance(p, DTensor) for p in model.parameters()),
         "logits": logits(wrapped),
         "generated": model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False),
@@ -148,6 +150,12 @@ def on_sharded_model(name: str, folder: Path) -> dict[str, Any]:
     return seen
 
 
+def on_ddp(folder: Path) -> dict[str, Any]:
+    trainer, seen = train(with_uoe(load(folder)), folder / "ddp", batch_size=2)
+    seen["wrapped"] = type(trainer.model_wrapped).__name__
+    return seen
+
+
 def on_fsdp_2(folder: Path) -> dict[str, Any]:
     model = with_uoe(load(folder))
     trainer, seen = train(model, folder / "fsdp_2", batch_size=2, fsdp=True, fsdp_config=WHOLE_LAYERS)
@@ -170,7 +178,8 @@ def refusals(folder: Path) -> dict[str, str]:
     }
 
 
-def found_experts(folder: Path) -> list[tuple[int, int]]:
+def found_experts(folder: Path) -> tuple[list[tuple[int, int]], list[str]]:
+    """What attribution finds, and what trains beside the adapter after passes with it and without it."""
     forget, retain = make_sets()
     trainer = UnlearningTrainer(
         load(folder, fsdp_size=2),
@@ -180,14 +189,35 @@ def found_experts(folder: Path) -> list[tuple[int, int]]:
         processing_class=make_tokenizer(),
         peft_config=UOEConfig(target_experts="auto"),
     )
-    return trainer.model.peft_config["default"].target_experts
+    trainer.model(input_ids=IDS, labels=IDS).loss.backward()
+    others = [name for name, p in trainer.model.named_parameters() if p.requires_grad and ".uoe_" not in name]
+    return trainer.model.peft_config["default"].target_experts, others
+
+
+def slices_of_split_stacks() -> list[bool]:
+    """Whether slices of stacks come back from every way of splitting: evenly and not, by halves, over several axes."""
+    line = init_device_mesh("cpu", (2,))
+    plane = init_device_mesh("cpu", (1, 2), mesh_dim_names=("efsdp", "ep"))
+    halves = _StridedShard(1, split_factor=2)
+    same = []
+    for shape in ((6, 4, 8), (5, 8, 3), (1, 4, 2), (3, 12)):
+        stack = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+        ways = [(line, [way]) for way in (Shard(0), Shard(1), Shard(-1), Replicate(), halves)]
+        ways += [(plane, [Replicate(), Shard(1)]), (plane, [_StridedShard(0, split_factor=2), Shard(0)])]
+        for mesh, placements in ways:
+            split = distribute_tensor(stack, mesh, placements)
+            same += [torch.equal(one_of_stack(split, index), stack[index]) for index in range(len(stack))]
+    return same
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    seen: dict[str, Any] = {"ddp": on_ddp(folder)}
     pretend_accelerators()
-    seen: dict[str, Any] = {name: on_sharded_model(name, folder) for name in SHARDED}
+    seen |= {name: on_sharded_model(name, folder) for name in SHARDED}
     seen["auto"] = found_experts(folder)
+    seen["slices"] = slices_of_split_stacks()
     seen["fsdp_2"] = on_fsdp_2(folder)
     seen["refusals"] = refusals(folder)
     torch.save(seen, folder / f"rank{os.environ['RANK']}.pt")

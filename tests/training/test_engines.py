@@ -25,7 +25,9 @@ from uoe_peft.tuner import UOEConfig
 SCRIPT = Path(__file__).with_name("engines_run.py")
 IDS = torch.tensor([[5, 6, 7, 8, 9], [31, 32, 33, 34, 2]])
 SHARDED = ["tp", "tp_ep", "fsdp", "fsdp_ep"]
-ENGINES = [*SHARDED, "fsdp_2"]
+SPLIT = [*SHARDED, "fsdp_2"]
+ENGINES = [*SPLIT, "ddp"]
+LOGGED = ("loss", "loss_forget", "loss_retain", "loss_anchor", "forget_selection_overlap", "retain_selection_overlap")
 
 
 def launch(folder: Path) -> list[dict[str, Any]]:
@@ -72,7 +74,7 @@ def one(folder: Path) -> dict[str, Any]:
     keep, (forget, retain) = KeepGradients(), make_sets()
     trainer = UnlearningTrainer(
         with_uoe(load(folder)),
-        make_args(output_dir=str(folder / "one"), per_device_train_batch_size=4),
+        make_args(output_dir=str(folder / "one"), per_device_train_batch_size=4, log_routing=True),
         train_dataset=forget,
         retain_dataset=retain,
         processing_class=make_tokenizer(),
@@ -84,7 +86,7 @@ def one(folder: Path) -> dict[str, Any]:
         return {
             "gradients": keep.gradients,
             "state": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
-            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "logs": trainer.state.log_history[:2],
             "logits": model(input_ids=IDS).logits,
             "base_logits": load(folder).eval()(input_ids=IDS).logits,
             "generated": model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False),
@@ -96,12 +98,15 @@ def test_gradients_losses_and_adapter_are_those_of_one_process(one, two, engine)
     assert all(value.any() for value in one["state"].values())
     for rank in two:
         seen = rank[engine]
-        assert seen["sharded"]
-        assert seen["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert seen["sharded"] == (engine != "ddp")
         for kind in ("gradients", "state"):
             assert seen[kind].keys() == one[kind].keys()
             for name, value in one[kind].items():
                 torch.testing.assert_close(seen[kind][name], value, atol=1e-6, rtol=1e-4)
+    for log, expected in zip(two[0][engine]["logs"], one["logs"], strict=True):
+        assert {name: log[name] for name in LOGGED} == pytest.approx(
+            {name: expected[name] for name in LOGGED}, rel=1e-4
+        )
     first, second = (rank[engine]["state"] for rank in two)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
@@ -146,11 +151,22 @@ def test_only_the_edited_expert_is_fetched(two, engine):
         assert sorted(rank[engine]["fetched"]) == [(32, 24), (48, 32)]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+def test_a_slice_comes_back_from_every_way_of_splitting_a_stack(two):
+    for rank in two:
+        assert len(rank["slices"]) == 7 * (6 + 5 + 1 + 3) and all(rank["slices"])
+
+
+@pytest.mark.parametrize("engine", SPLIT)
 def test_merging_is_refused_and_changes_nothing(two, engine):
     for rank in two:
         assert "it is sharded over processes: save the adapter" in rank[engine]["merging"]
         assert torch.equal(rank[engine]["logits_afterwards"], rank[engine]["logits"])
+
+
+def test_ddp_merges_in_place(one, two):
+    for rank in two:
+        assert (rank["ddp"]["wrapped"], rank["ddp"]["merging"]) == ("DistributedDataParallel", "no error")
+        torch.testing.assert_close(rank["ddp"]["logits_afterwards"], one["logits"], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::uoe_peft.attribution.AttributionWarning")
@@ -165,7 +181,7 @@ def test_attribution_finds_the_same_experts_in_all_processes(folder, two):
         peft_config=UOEConfig(target_experts="auto"),
     )
     expected = trainer.model.peft_config["default"].target_experts
-    assert [rank["auto"] for rank in two] == [expected, expected]
+    assert [rank["auto"] for rank in two] == [(expected, []), (expected, [])]
 
 
 @pytest.mark.parametrize(

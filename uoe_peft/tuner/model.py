@@ -10,6 +10,7 @@ from typing import Any, cast
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from uoe_peft.moe.passes import keep_layers
@@ -60,6 +61,10 @@ class UOEModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # What an earlier pass has left whole would be frozen in its stead, and not what FSDP keeps.
+                module.reshard()
         self._targets = find_targets(peft_config, model)
         keep_layers(model, {target.block.layer_idx for target in self._targets.values()})
         peft_config.target_modules = set(self._targets)
