@@ -59,7 +59,7 @@ class EvaluateArguments(ColumnOptions, OverwriteOption):
     tofu_split: str = field(default="forget10", metadata={"help": "forget01, forget05 or forget10."})
     mmlu: str | None = field(default=None, metadata={"help": "Folder with MMLU's CSV files, as a further retain set."})
     retrained_model: str | None = field(default=None, metadata={"help": "A model that never saw the forget set."})
-    attacks: list[str] = field(default_factory=list, metadata={"help": "Such as int8 int4 scale_sweep; see the docs."})
+    attacks: list[str] = field(default_factory=list, metadata={"help": f"Of {', '.join(ATTACKS)}."})
     attack_options: str | None = field(
         default=None, metadata={"help": "YAML file with the options of attacks: {relearning: {learning_rate: 1e-4}}."}
     )
@@ -101,8 +101,7 @@ def run(arguments: Sequence[str]) -> None:
     check_folder(options.output_dir, overwrite=options.overwrite, option="output_dir", own=("report.json",))
     name = base_of(options)
     suite = suite_of(options)
-    if options.stream and options.attacks:
-        raise ValueError("attacks change or generate with the whole model, which a streamed one is not; leave them out")
+    check_options(options)
     tokenizer = load_tokenizer(name)
     load = partial(load_model, dtype=options.dtype, device_map=options.device_map, stream=options.stream)
     base = load(name).eval()
@@ -113,8 +112,7 @@ def run(arguments: Sequence[str]) -> None:
     attacks, suite = attacks_of(options, suite, tokenizer, base=None if model else base)
     calibration = None
     if options.retain_share is not None or options.forget_limit is not None:
-        if model is None:
-            raise ValueError("--retain_share and --forget_limit choose the scale of an adapter; pass --adapter")
+        assert model is not None  # `check_options` has seen to it
         validation, suite = split_off(suite, options.validation_examples, seed=options.seed)
         calibration = calibrate_scale(
             model,
@@ -138,6 +136,18 @@ def run(arguments: Sequence[str]) -> None:
     print(report.summary())
     files = report.write(options.output_dir, title=options.title)
     print(f"written: {', '.join(map(str, files))}")
+
+
+def check_options(options: EvaluateArguments) -> None:
+    """Refuse what cannot go together, before a model is loaded.
+
+    Raises:
+        ValueError: Attacks on a streamed model, or the choice of a scale without an adapter.
+    """
+    if options.stream and options.attacks:
+        raise ValueError("attacks change or generate with the whole model, which a streamed one is not; leave them out")
+    if options.adapter is None and (options.retain_share is not None or options.forget_limit is not None):
+        raise ValueError("--retain_share and --forget_limit choose the scale of an adapter; pass --adapter")
 
 
 def base_of(options: EvaluateArguments) -> str:
