@@ -174,6 +174,9 @@ class Card:
                 return {"examples": [(row["prompt"], row["completion"]) for row in self.ground.retain.select(range(2))]}
             case "expert_forcing":
                 return {"base": None if isinstance(model, PeftModel) else self.ground.load("base")}
+            case "silenced_expert":  # of a model that edits none, the one that UOE edits
+                own = model.active_peft_config if isinstance(model, PeftModel) else None
+                return {} if isinstance(own, UOEConfig) else {"experts": self.targets()}
             case _:
                 return {}
 
@@ -218,6 +221,11 @@ class Card:
         content = {"seconds": seconds, "strength": 1.0 if choice is None else choice.scale}
         (folder / "done.json").write_text(json.dumps(content))
         print(name, seed, content, flush=True)
+
+    def targets(self) -> list[tuple[int, int]]:
+        """The expert of "one expert" with the first seed."""
+        config = UOEConfig.from_pretrained(str(self.args.output_dir / f"one_expert_{self.args.seeds[0]}"))
+        return list(config.target_experts)
 
     def adapter(self, name: str, base: Any) -> Any:
         """What is trained; None: all parameters."""

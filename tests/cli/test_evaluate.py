@@ -13,7 +13,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from uoe_peft.cli import main
-from uoe_peft.cli.stages.evaluate import EvaluateArguments, attacks_of, base_of, split_off, suite_of
+from uoe_peft.cli.stages.evaluate import EvaluateArguments, attacks_of, base_of, check_options, split_off, suite_of
 from uoe_peft.cli.stages.report import load_reports
 from uoe_peft.evaluation import UnlearningReport
 from uoe_peft.testbed import TOPICS, checkpoint_path, load_facts
@@ -133,6 +133,13 @@ def test_a_model_trained_in_full_stands_beside_its_base(adapter: Path, sets: dic
     for wrong in ({"unlearned_model": "m"}, {"adapter": None}):
         with pytest.raises(ValueError, match="pass either --adapter, or --unlearned_model"):
             base_of(replace(arguments(), **wrong))
+
+
+def test_what_cannot_go_together_is_said_before_a_model_is_loaded() -> None:
+    with pytest.raises(ValueError, match="choose the scale of an adapter"):
+        check_options(replace(arguments(retain_share=0.9), adapter=None))
+    with pytest.raises(ValueError, match="which a streamed one is not"):
+        check_options(arguments(stream=True, attacks=["int8"]))
 
 
 def test_reports_that_are_none_are_named(tmp_path: Path) -> None:

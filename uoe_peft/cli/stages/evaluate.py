@@ -61,7 +61,7 @@ class EvaluateArguments(ColumnOptions, OverwriteOption):
     tofu_split: str = field(default="forget10", metadata={"help": "forget01, forget05 or forget10."})
     mmlu: str | None = field(default=None, metadata={"help": "Folder with MMLU's CSV files, as a further retain set."})
     retrained_model: str | None = field(default=None, metadata={"help": "A model that never saw the forget set."})
-    attacks: list[str] = field(default_factory=list, metadata={"help": "Such as int8 int4 scale_sweep; see the docs."})
+    attacks: list[str] = field(default_factory=list, metadata={"help": f"Of {', '.join(ATTACKS)}."})
     attack_options: str | None = field(
         default=None, metadata={"help": "YAML file with the options of attacks: {relearning: {learning_rate: 1e-4}}."}
     )
@@ -116,8 +116,7 @@ def run(arguments: Sequence[str]) -> None:
             "downloaded first"
         )
     suite = suite_of(options)
-    if options.stream and options.attacks:
-        raise ValueError("attacks change or generate with the whole model, which a streamed one is not; leave them out")
+    check_options(options)
     tokenizer = load_tokenizer(name)
     load = partial(load_model, dtype=options.dtype, device_map=options.device_map, stream=options.stream)
     base = load(name).eval()
@@ -128,8 +127,7 @@ def run(arguments: Sequence[str]) -> None:
     attacks, suite = attacks_of(options, suite, tokenizer, base=None if model else base)
     calibration = None
     if options.retain_share is not None or options.forget_limit is not None:
-        if model is None:
-            raise ValueError("--retain_share and --forget_limit choose the scale of an adapter; pass --adapter")
+        assert model is not None  # `check_options` has seen to it
         validation, suite = split_off(suite, options.validation_examples, seed=options.seed)
         calibration = calibrate_scale(
             model,
@@ -172,6 +170,18 @@ def update_card(folder: Path, report: UnlearningReport) -> None:
     config.save_pretrained(str(folder))
     draw_scores(folder / "report.png", report)
     write_card(folder, {"default": config})
+
+
+def check_options(options: EvaluateArguments) -> None:
+    """Refuse what cannot go together, before a model is loaded.
+
+    Raises:
+        ValueError: Attacks on a streamed model, or the choice of a scale without an adapter.
+    """
+    if options.stream and options.attacks:
+        raise ValueError("attacks change or generate with the whole model, which a streamed one is not; leave them out")
+    if options.adapter is None and (options.retain_share is not None or options.forget_limit is not None):
+        raise ValueError("--retain_share and --forget_limit choose the scale of an adapter; pass --adapter")
 
 
 def base_of(options: EvaluateArguments) -> str:
