@@ -21,6 +21,8 @@ SETUP := $(VENV)/.setup-done
 DOCS := $(VENV)/.docs-done
 # Apart from the environment: PEFT imports these wherever it finds them, and both print warnings when imported.
 QUANTIZERS := $(VENV)/quantizers
+# Apart, too: gradio wants an older pillow than the pictures are drawn with.
+PAGE := $(VENV)/page
 BENCH = $(BIN)/python -W ignore benchmarks
 BENCH_PLACE = --device $(BENCH_DEVICE) --threads $(BENCH_THREADS)
 BENCH_MODEL = $(BENCH_PLACE) --scale $(BENCH_SCALE)
@@ -32,15 +34,16 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick docs examples test-quantization lint format types layout bench \
+.PHONY: help setup demo test test-quick docs examples test-quantization test-app lint format types layout bench \
 	bench-forgetting mutants clean
 
 help:
 	@echo 'make demo     find the expert, unlearn a topic, switch the adapter on and off (2 minutes)'
 	@echo 'make test     run the tests, one process a core (TEST_PROCESSES=1 for one); make test-quick those of a part of'
-	@echo '              the rooms, for the loop of work; make test-quantization those that need bitsandbytes and torchao'
+	@echo '              the rooms, for the loop of work; make test-quantization those that need bitsandbytes and torchao,'
+	@echo '              make test-app those that need gradio'
 	@echo 'make docs     build the documentation into outputs/docs; every warning is an error'
-	@echo 'make examples run the scripts in examples/ on the bundled model'
+	@echo 'make examples run the scripts and the notebook in examples/ on the bundled model'
 	@echo 'make lint     ruff: rules and format'
 	@echo 'make format   let ruff repair what it can'
 	@echo 'make types    mypy'
@@ -85,6 +88,14 @@ $(DOCS): $(SETUP)
 
 examples: $(SETUP)
 	set -e; for script in examples/*.py; do echo "$$script"; $(BIN)/python -W ignore $$script; done
+	$(BIN)/python -W ignore -m jupyter execute examples/*.ipynb
+
+test-app: $(PAGE)
+	PYTHONPATH=$(PAGE) $(BIN)/python -m pytest tests/cli/test_app_page.py
+
+$(PAGE): | $(SETUP)
+	grep -v '^pillow==' constraints.txt > $(VENV)/page-constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/page-constraints.txt --target $@ 'gradio>=6.31,<7'
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

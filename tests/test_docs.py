@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -94,3 +95,11 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_pictures_are_there(page: str) -> None:
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", TEXTS[page])
     assert [picture for picture in pictures if not ((ROOT / page).parent / picture).is_file()] == []
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.name)
+def test_a_notebook_is_kept_without_what_it_printed(notebook: Path) -> None:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code
+    assert [cell["source"] for cell in code if cell["outputs"] or cell["execution_count"] is not None] == []

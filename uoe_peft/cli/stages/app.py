@@ -11,8 +11,9 @@ from peft import PeftConfig, PeftModel
 from uoe_peft.cli.app import Answer, ask, build_page, encode_question, launch
 from uoe_peft.cli.app.asking import edited_experts
 from uoe_peft.cli.app.page import import_gradio
-from uoe_peft.cli.loading import load_model, load_tokenizer
+from uoe_peft.cli.loading import compute_dtype, load_model, load_tokenizer
 from uoe_peft.cli.parsing import parse
+from uoe_peft.precision import say_if_slow
 from uoe_peft.testbed import FORGET_TOPIC, TOPICS, as_prompt, checkpoint_path, load_facts
 from uoe_peft.tuner import UOEConfig  # noqa: F401  (registers the method with PEFT)
 
@@ -63,9 +64,11 @@ def page_of(options: AppArguments) -> object:
     name = options.model_name_or_path or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if not name:
         raise ValueError(f"{adapter} does not say which base model it is for; pass --model_name_or_path")
-    base = load_model(name, dtype=options.dtype, device_map=options.device_map)
-    model, tokenizer = PeftModel.from_pretrained(base, adapter).eval(), load_tokenizer(name)
     bundled = Path(name).resolve() == checkpoint_path("base").resolve()
+    dtype = compute_dtype(options.dtype) if bundled else options.dtype
+    base = load_model(name, dtype=dtype, device_map=options.device_map)
+    say_if_slow(base)
+    model, tokenizer = PeftModel.from_pretrained(base, adapter).eval(), load_tokenizer(name)
     template = options.prompt or (_PROMPT_OF_TESTBED if bundled else None)
     encode_question("Is there a place for it?", tokenizer, template=template)  # a wrong --prompt is said at once
 
