@@ -13,6 +13,7 @@ def test_defaults_are_the_papers():
     assert (config.learning_rate, config.anchor_weight, config.retain_weight) == (1e-4, 1.0, 1.0)
     assert config.router_aux_loss_coef == 0
     assert not config.gradient_checkpointing
+    assert not config.log_routing  # it costs passes
 
 
 @pytest.mark.parametrize(("loss", "beta"), [("npo", 0.1), ("simnpo", 4.5), ("undial", 10), ("wga", 1), ("dpo", 0.1)])

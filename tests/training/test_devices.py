@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from tests.pretend_devices import device, pretend_devices, spread
 from uoe_peft.training import UnlearningConfig
+from uoe_peft.training.step_log import mean_over_processes
 from uoe_peft.tuner import UOEConfig
 
 NAMES = ("loss_forget", "loss_retain", "loss_anchor", "grad_norm", "target_activation_rate", "forget_accuracy")
@@ -58,6 +59,29 @@ def test_training_is_that_of_one_device(make_trainer, build, monkeypatch, option
         spread(edited.get_base_model(), last=1)
         found = trained(make_trainer, edited, **options)
         assert_same(found, expected)
+
+
+def test_what_comes_from_memory_and_disk_is_put_where_batches_are(make_trainer, build, monkeypatch):
+    with pretend_devices(monkeypatch):
+        on_two(monkeypatch)
+        model = build.uoe(build.model(), target_experts=[(2, 4)])
+        spread(model.get_base_model(), last=1)
+        trainer = make_trainer(model, max_steps=4, forget_loss="rmu", prefix_cache=True)
+        rows = trainer.data_collator([trainer.train_dataset[i] for i in (0, 5)])["forget"]
+        here, there = ({name: value.to(device(place)) for name, value in rows.items()} for place in (0, 1))
+        objective = trainer.objective
+        objective.reference.precompute([here])
+        with trainer.reuse.training(objective):
+            state = trainer.reuse._cache.state({name: here[name] for name in ("input_ids", "attention_mask")})
+        found = {
+            "direction of rmu": objective.direction,
+            "likelihoods of the reference": objective.reference.nll(model, here),
+            "state below the edited layer": state[0] if isinstance(state, tuple) else state,
+            "counts of a batch": trainer._count([{"forget": there}], "forget").tokens,
+        }
+        assert {name: value.device for name, value in found.items()} == dict.fromkeys(found, device(0))
+        values = {"here": torch.ones(()).to(device(0)), "there": torch.ones(()).to(device(1))}
+        assert mean_over_processes(values, trainer.accelerator) == {"here": 1.0, "there": 1.0}
 
 
 @pytest.mark.filterwarnings("ignore::uoe_peft.attribution.AttributionWarning")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
+from uoe_peft import precision
 from uoe_peft.training import UnlearningConfig, UnlearningTrainer
 
 
@@ -177,3 +179,23 @@ def test_a_set_of_which_no_batch_is_left_is_refused(make_trainer, build, loss):
     trainer = make_trainer(per_device_train_batch_size=8, max_steps=1, **options)
     trainer.train()
     assert "loss_forget" in trainer.state.log_history[0]
+
+
+def test_the_overlap_of_selections_costs_two_passes_of_each_batch_at_the_steps_that_are_logged(make_trainer, build):
+    def num_passes(**options: Any) -> int:
+        model, passes = build.uoe(build.model()), []
+        model.get_base_model().model.register_forward_pre_hook(lambda *args: passes.append(1))
+        make_trainer(model, forget_loss="grad_ascent", prefix_cache=False, max_steps=4, **options).train()
+        return len(passes)
+
+    without = num_passes(logging_steps=2)
+    assert num_passes(logging_steps=2, log_routing=True) - without == 2 * 2 * 2  # twice two sets, at two steps
+
+
+def test_a_slow_type_that_autocast_computes_in_is_said_once(make_trainer, build, monkeypatch, caplog):
+    monkeypatch.setattr("uoe_peft.precision.is_slow", lambda dtype, device: dtype == torch.bfloat16)
+    precision._say.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="uoe_peft"):
+        for _ in range(2):
+            make_trainer(build.uoe(build.model()), bf16=True)  # weights in float32
+    assert caplog.text.count("computes in bfloat16") == 1
