@@ -179,7 +179,8 @@ MERGE = ["--adapter", "{here}/adapter", "--output", "{here}/m"]
             ["inspect", "--adapter", "{here}"],
             r"there is no adapter at \S+ \(.*\); pass the folder that save_pretrained",
         ),
-        (["evaluate", "--adapter", "{here}/none", "--output_dir", "{here}/e"], "there is no adapter at"),
+        (["evaluate", "--adapter", "{here}/none", "--output_dir", "{here}/e"], "adapter_config.json|no adapter at"),
+        (["card", "--adapter", "{here}"], "there is no adapter at"),
         (
             ["evaluate", "--adapter", "{here}", "--output_dir", "{here}/e"],
             "is in the adapter's folder, which is upload",
@@ -194,7 +195,6 @@ MERGE = ["--adapter", "{here}/adapter", "--output", "{here}/m"]
             ["report", "--reports", "{forget}", "--output", "{here}/c"],
             "is no report .*; pass a folder that `uoe-peft ev",
         ),
-        (["plan", "--model_name_or_path", "/no/model"], "there is no folder /no/model; pass the folder of a model"),
         (["demo", "--output_dir", "{forget}"], "--output_dir .* is a file; expected a folder"),
     ],
 )

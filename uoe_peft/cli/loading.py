@@ -13,7 +13,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -57,16 +56,6 @@ def load_model(
     return _or_absent(
         name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **quantization)
     )
-
-
-def load_config(name: str) -> PreTrainedConfig:
-    """The configuration of a model.
-
-    Raises:
-        ValueError: There is no such model.
-    """
-    _check_model(name)
-    return cast(PreTrainedConfig, _or_absent(name, lambda: AutoConfig.from_pretrained(name)))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -6,21 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
+import yaml
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from uoe_peft.cli.loading import load_model, load_set, load_tokenizer
 from uoe_peft.cli.options import ColumnOptions, OverwriteOption
-from uoe_peft.cli.outputs import check_folder
-from uoe_peft.cli.parsing import parse, read_options
-from uoe_peft.cli.picture import draw_scores
+from uoe_peft.cli.outputs import check_apart, check_folder
+from uoe_peft.cli.parsing import parse
 from uoe_peft.evaluation import (
     QuestionSet,
     Suite,
     SuiteScore,
-    UnlearningReport,
     calibrate_scale,
     evaluate_unlearning,
     load_option_files,
@@ -32,8 +31,7 @@ from uoe_peft.evaluation import (
 from uoe_peft.evaluation.attacks import AttackName, run_attack
 from uoe_peft.evaluation.evaluate import Attack
 from uoe_peft.evaluation.suites.suite import OTHER_PROMPT
-from uoe_peft.export.saved_adapter import read_config
-from uoe_peft.tuner import UOEConfig, write_card
+from uoe_peft.tuner import UOEConfig  # noqa: F401  (registers the method with PEFT)
 
 
 @dataclass(kw_only=True)
@@ -85,24 +83,14 @@ class EvaluateArguments(ColumnOptions, OverwriteOption):
     seed: int = field(default=0, metadata={"help": "Of the draws."})
     output_dir: str = field(default="evaluation", metadata={"help": "Where the report goes, and answers so far."})
     title: str = field(default="Unlearning report", metadata={"help": "Of the page."})
-    update_card: bool = field(
-        default=False, metadata={"help": "Write figures and a picture of them into the adapter's model card."}
-    )
 
 
 def run(arguments: Sequence[str]) -> None:
     """Evaluate, print the table and write the report to `--output_dir`; answers so far are kept there, too."""
     (options,) = parse("evaluate", arguments, EvaluateArguments)
-    if Path(options.output_dir).resolve().is_relative_to(Path(options.adapter).resolve()):
-        raise ValueError(
-            f"--output_dir {options.output_dir} is in the adapter's folder, which is uploaded when it is shared; the "
-            "report shows questions and answers: name another folder"
-        )
+    check_apart(options.output_dir, adapter=options.adapter)
     check_folder(options.output_dir, overwrite=options.overwrite, option="output_dir", own=("report.json",))
-    config = read_config(options.adapter)
-    if options.update_card and not Path(options.adapter).is_dir():
-        raise ValueError(f"--update_card needs a folder, {options.adapter} is a name on the Hub; download it first")
-    name = options.model_name_or_path or config.base_model_name_or_path
+    name = options.model_name_or_path or PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
     if not name:
         raise ValueError(f"{options.adapter} does not say which base model it is for; pass --model_name_or_path")
     suite = suite_of(options)
@@ -138,24 +126,6 @@ def run(arguments: Sequence[str]) -> None:
     print(report.summary())
     files = report.write(options.output_dir, title=options.title)
     print(f"written: {', '.join(map(str, files))}")
-    if options.update_card:
-        update_card(Path(options.adapter), config, report)
-        print(f"the model card {Path(options.adapter) / 'README.md'} shows these figures")
-
-
-def update_card(folder: Path, config: UOEConfig, report: UnlearningReport) -> None:
-    """Let an adapter and its model card hold the numbers of a report, and a picture of them; nothing of its texts."""
-    figures = {
-        f"{name}_{metric}_{model}": round(value, 4)
-        for model, sets in report.scores.items()
-        for name, scores in sets.items()
-        for metric in ("rouge_l_recall", "probability")
-        if (value := getattr(scores, metric)) is not None
-    }
-    config.provenance = {**(config.provenance or {}), "figures": figures}
-    config.save_pretrained(str(folder))
-    draw_scores(folder / "report.png", report)
-    write_card(folder, {"default": config})
 
 
 def suite_of(options: EvaluateArguments) -> Suite:
@@ -215,10 +185,7 @@ def attacks_of(options: EvaluateArguments, suite: Suite, tokenizer: Any) -> tupl
     Raises:
         ValueError: The file has options of an attack that is not asked for, or the forget set is too small.
     """
-    unknown = sorted(set(options.attacks) - set(get_args(AttackName)))
-    if unknown:
-        raise ValueError(f"there is no attack {unknown[0]!r}; there are {', '.join(get_args(AttackName))}")
-    given = read_options(options.attack_options) if options.attack_options else {}
+    given = yaml.safe_load(Path(options.attack_options).read_text()) if options.attack_options else {}
     unused = sorted(set(given) - set(options.attacks))
     if unused:
         raise ValueError(f"{options.attack_options} has options of {unused}, which --attacks does not ask for")

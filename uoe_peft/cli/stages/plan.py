@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from uoe_peft.cli.loading import load_config
+from transformers import AutoConfig
+
 from uoe_peft.cli.parsing import parse
 from uoe_peft.cli.planning import plan_unlearning
 
@@ -27,5 +28,5 @@ def run(arguments: Sequence[str]) -> None:
     """Print the plan."""
     (options,) = parse("plan", arguments, PlanArguments)
     given = dict(vars(options))
-    config = load_config(given.pop("model_name_or_path"))
+    config = AutoConfig.from_pretrained(given.pop("model_name_or_path"))
     print(plan_unlearning(config, **given).summary())
