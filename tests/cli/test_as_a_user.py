@@ -179,7 +179,8 @@ MERGE = ["--adapter", "{here}/adapter", "--output", "{here}/m"]
             ["inspect", "--adapter", "{here}"],
             r"there is no adapter at \S+ \(.*\); pass the folder that save_pretrained",
         ),
-        (["evaluate", "--adapter", "{here}/none", "--output_dir", "{here}/e"], "there is no adapter at"),
+        (["evaluate", "--adapter", "{here}/none", "--output_dir", "{here}/e"], "adapter_config.json|no adapter at"),
+        (["card", "--adapter", "{here}"], "there is no adapter at"),
         (
             ["evaluate", "--adapter", "{here}", "--output_dir", "{here}/e"],
             "is in the adapter's folder, which is upload",

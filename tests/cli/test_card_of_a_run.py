@@ -79,9 +79,12 @@ def test_the_card_has_words_figures_and_the_picture_of_the_run(run: Path, tmp_pa
     assert again == card.replace("![Accuracy in training](training.png)\n\n", "")
 
 
-def test_an_evaluation_puts_its_figures_and_picture_on_the_card(run: Path, sets: list[str], tmp_path: Path) -> None:
-    few = ["--max_new_tokens", "3", "--dtype", "float32", "--update_card", "true"]
-    main(["evaluate", "--adapter", str(run), *sets, *few, "--output_dir", str(tmp_path / "report")])
+def test_figures_and_picture_of_an_evaluation_on_the_card(run: Path, sets: list[str], tmp_path: Path) -> None:
+    few = ["--max_new_tokens", "3", "--dtype", "float32", "--output_dir", str(tmp_path / "report")]
+    main(["evaluate", "--adapter", str(run), *sets, *few])
+    weights = (run / "adapter_model.safetensors").read_bytes()
+    main(["card", "--adapter", str(run), "--report", str(tmp_path / "report"), "--forgets", "who lives where"])
+    assert (run / "adapter_model.safetensors").read_bytes() == weights
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     figures = json.loads((run / "adapter_config.json").read_text())["provenance"]["figures"]
     card = (run / "README.md").read_text()
@@ -91,6 +94,7 @@ def test_an_evaluation_puts_its_figures_and_picture_on_the_card(run: Path, sets:
             assert figures[f"{name}_rouge_l_recall_{model}"] == wanted
             assert f"- {name}_rouge_l_recall_{model}: {wanted}" in card
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG") and "![Scores before and after](report.png)" in card
-    assert "> where a family lives" in card
+    assert "> who lives where" in card and "where a family lives" not in card and "- forget_loss: npo" in card
     assert said_in(run) == []
+    AutoPeftModelForCausalLM.from_pretrained(run)
     assert said_in(tmp_path / "report")  # the report itself shows questions: it is not for the Hub

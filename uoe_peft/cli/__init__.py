@@ -21,6 +21,7 @@ STAGES = {
     "solve": "solve for an adapter that forgets a set, without training",
     "evaluate": "report what an adapter has made a model forget, and what it cost",
     "report": "put many evaluations side by side",
+    "card": "put a report's figures and your own words on an adapter's model card",
     "merge": "write a checkpoint with an adapter merged into it, without loading the model",
     "unmerge": "put the original slices back into such a checkpoint, bit for bit",
     "export": "write an adapter as plain LoRA, which loads without this package",

@@ -49,6 +49,23 @@ def check_folder(path: str, *, overwrite: bool, option: str, own: tuple[str, ...
     _check_writable(folder, option=option)
 
 
+def check_apart(path: str, *, adapter: str | None) -> None:
+    """Keep a report, which shows questions and answers, out of the folder that is uploaded when an adapter is shared.
+
+    Args:
+        path: Folder for the report.
+        adapter: The adapter's, or its name on the Hub; None: there is none.
+
+    Raises:
+        ValueError: The report would be in the adapter's folder.
+    """
+    if adapter is not None and Path(path).resolve().is_relative_to(Path(adapter).resolve()):
+        raise ValueError(
+            f"--output_dir {path} is in the adapter's folder, which is uploaded when it is shared; the report shows "
+            "questions and answers: name another folder"
+        )
+
+
 def _check_writable(folder: Path, *, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)

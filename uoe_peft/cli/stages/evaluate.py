@@ -14,14 +14,12 @@ from transformers import PreTrainedModel
 
 from uoe_peft.cli.loading import load_model, load_set, load_tokenizer
 from uoe_peft.cli.options import ColumnOptions, OverwriteOption
-from uoe_peft.cli.outputs import check_folder
+from uoe_peft.cli.outputs import check_apart, check_folder
 from uoe_peft.cli.parsing import parse, read_options
-from uoe_peft.cli.picture import draw_scores
 from uoe_peft.evaluation import (
     QuestionSet,
     Suite,
     SuiteScore,
-    UnlearningReport,
     calibrate_scale,
     evaluate_unlearning,
     load_option_files,
@@ -34,7 +32,6 @@ from uoe_peft.evaluation.attacking import Attack
 from uoe_peft.evaluation.attacks import AttackName, run_attack
 from uoe_peft.evaluation.suites.suite import OTHER_PROMPT
 from uoe_peft.export.saved_adapter import read_config
-from uoe_peft.tuner import write_card
 
 ATTACKS: tuple[str, ...] = get_args(AttackName)
 
@@ -95,26 +92,15 @@ class EvaluateArguments(ColumnOptions, OverwriteOption):
     seed: int = field(default=0, metadata={"help": "Of the draws."})
     output_dir: str = field(default="evaluation", metadata={"help": "Where the report goes, and answers so far."})
     title: str = field(default="Unlearning report", metadata={"help": "Of the page."})
-    update_card: bool = field(
-        default=False, metadata={"help": "Write figures and a picture of them into the adapter's model card."}
-    )
 
 
 def run(arguments: Sequence[str]) -> None:
     """Evaluate, print the table and write the report to `--output_dir`; answers so far are kept there, too."""
     (options,) = parse("evaluate", arguments, EvaluateArguments)
-    if Path(options.output_dir).resolve().is_relative_to(Path(options.adapter).resolve()):
-        raise ValueError(
-            f"--output_dir {options.output_dir} is in the adapter's folder, which is uploaded when it is shared; the "
-            "report shows questions and answers: name another folder"
-        )
+    if options.adapter is not None:
+        check_apart(options.output_dir, adapter=options.adapter)
     check_folder(options.output_dir, overwrite=options.overwrite, option="output_dir", own=("report.json",))
     name = base_of(options)
-    if options.update_card and (options.adapter is None or not Path(options.adapter).is_dir()):
-        raise ValueError(
-            f"--update_card needs the folder of an adapter, got {options.adapter!r}; one on the Hub has to be "
-            "downloaded first"
-        )
     suite = suite_of(options)
     check_options(options)
     tokenizer = load_tokenizer(name)
@@ -151,25 +137,6 @@ def run(arguments: Sequence[str]) -> None:
     print(report.summary())
     files = report.write(options.output_dir, title=options.title)
     print(f"written: {', '.join(map(str, files))}")
-    if options.update_card:
-        update_card(Path(options.adapter), report)
-        print(f"the model card {Path(options.adapter) / 'README.md'} shows these figures")
-
-
-def update_card(folder: Path, report: UnlearningReport) -> None:
-    """Let an adapter and its model card hold the numbers of a report, and a picture of them; nothing of its texts."""
-    figures = {
-        f"{name}_{metric}_{model}": round(value, 4)
-        for model, sets in report.scores.items()
-        for name, scores in sets.items()
-        for metric in ("rouge_l_recall", "probability")
-        if (value := getattr(scores, metric)) is not None
-    }
-    config = read_config(folder)
-    config.provenance = {**(config.provenance or {}), "figures": figures}
-    config.save_pretrained(str(folder))
-    draw_scores(folder / "report.png", report)
-    write_card(folder, {"default": config})
 
 
 def check_options(options: EvaluateArguments) -> None:
