@@ -30,10 +30,17 @@ def delta_type(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+class Models(dict[str, PreTrainedModel]):
+    """One model a family, made when it is first asked for."""
+
+    def __missing__(self, family: str) -> PreTrainedModel:
+        return self.setdefault(family, build(family))
+
+
 @pytest.fixture(scope="session")
-def models() -> Iterator[dict[str, PreTrainedModel]]:
-    """One model a family, made once; tests take copies."""
-    yield {family: build(family) for family in FAMILIES}
+def models() -> Models:
+    """Shared by all tests, which take copies."""
+    return Models()
 
 
 @pytest.fixture
