@@ -247,7 +247,7 @@ class UOEModel(BaseTuner):
 
 
 def _reshard(model: nn.Module) -> None:
-    """Let go of what passes have left whole, where FSDP2 manages a model: freezing or merging it would change a copy."""
+    """Let go of what passes have left whole, where FSDP2 manages a model: freezing or merging would change a copy."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
