@@ -158,9 +158,14 @@ def on_ddp(folder: Path) -> dict[str, Any]:
 
 def on_fsdp_2(folder: Path) -> dict[str, Any]:
     model = with_uoe(load(folder))
-    trainer, seen = train(model, folder / "fsdp_2", batch_size=2, fsdp=True, fsdp_config=WHOLE_LAYERS)
+    fsdp: dict[str, Any] = {"batch_size": 2, "fsdp": True, "fsdp_config": WHOLE_LAYERS}
+    trainer, seen = train(model, folder / "fsdp_2", save_strategy="steps", save_steps=1, **fsdp)
     trainer.model.save_pretrained(str(folder / "by_hand"), is_main_process=dist.get_rank() == 0)
     dist.barrier()
+    resumed = make_trainer(with_uoe(load(folder)), folder / "resumed", **fsdp)
+    resumed.train(resume_from_checkpoint=str(folder / "fsdp_2" / "checkpoint-1"))
+    trained = {name: p for name, p in resumed.model.named_parameters() if p.requires_grad}
+    seen["resumed"] = {name: whole(p.detach()).clone() for name, p in trained.items()}
     return seen
 
 

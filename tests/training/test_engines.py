@@ -145,6 +145,13 @@ def test_save_pretrained_brings_an_adapter_together_that_fsdp_has_split(folder, 
     assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters() if ".uoe_" in name)
 
 
+def test_training_under_fsdp_resumes_where_it_was_stopped(two):
+    for rank in two:
+        seen = rank["fsdp_2"]
+        assert seen["resumed"].keys() == seen["state"].keys()
+        assert all(torch.equal(value, seen["state"][name]) for name, value in seen["resumed"].items())
+
+
 @pytest.mark.parametrize("engine", SHARDED)
 def test_only_the_edited_expert_is_fetched(two, engine):
     for rank in two:

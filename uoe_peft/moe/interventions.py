@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe.blocks import MoEBlock
@@ -23,7 +26,8 @@ class _LastLayerRouted(Exception):
 def run_until_routed(model: nn.Module, layer_idx: int) -> Iterator[Callable[..., None]]:
     """A forward pass that ends as soon as a layer has routed its tokens, and never reaches the LM head.
 
-    Enter it inside `record_routing`, whose hooks then run before the one that ends the pass.
+    Enter it inside `record_routing`, whose hooks then run before the one that ends the pass. Of a model that FSDP2 has
+    sharded the whole pass runs.
 
     Args:
         model: The model.
@@ -41,7 +45,7 @@ def run_until_routed(model: nn.Module, layer_idx: int) -> Iterator[Callable[...,
             f"{type(model).__name__} is an encoder-decoder, whose decoder cannot run alone; use a decoder-only model"
         )
     (block,) = select_blocks(model, [layer_idx])
-    decoder = find_decoder(model)
+    decoder = find_runnable(model)
 
     def stop(*_: object) -> None:
         raise _LastLayerRouted
@@ -52,6 +56,9 @@ def run_until_routed(model: nn.Module, layer_idx: int) -> Iterator[Callable[...,
         except _LastLayerRouted:
             return
 
+    if decoder is not find_decoder(model):
+        yield run  # a pass that ends half-way would leave a layer of FSDP unsharded
+        return
     if isinstance(block.storage, ListedExperts):
         # Experts in a plain list are not called as a module, and their selection may be made after the router.
         parent = model.get_submodule(block.experts_name.rpartition(".")[0])
@@ -71,6 +78,16 @@ def find_decoder(model: nn.Module) -> nn.Module:
         found = getattr(model, method)() if hasattr(model, method) else model
         model = found if isinstance(found, nn.Module) else model
     return model
+
+
+def find_runnable(model: nn.Module) -> Callable[..., Any]:
+    """The decoder to call; of a model that FSDP2 has sharded, all of it: FSDP does not let a part be called first."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    root = next((module for module in (model, base) if isinstance(module, FSDPModule)), None)
+    if root is None:
+        return find_decoder(model)
+    takes = inspect.signature(cast(nn.Module, base).forward).parameters
+    return partial(root, logits_to_keep=1) if "logits_to_keep" in takes else partial(root)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from uoe_peft.moe.blocks import find_moe_blocks
 from uoe_peft.moe.comparison import top_k_jaccard
-from uoe_peft.moe.interventions import find_decoder
+from uoe_peft.moe.interventions import find_runnable
 from uoe_peft.moe.routing import record_routing
 
 Selections = dict[int, Tensor]
@@ -33,7 +33,7 @@ def selected_experts(model: nn.Module, inputs: Mapping[str, Tensor]) -> Selectio
         UnsupportedModelError: The model has no routed experts.
     """
     with record_routing(model) as trace:
-        find_decoder(model)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        find_runnable(model)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         return {layer_idx: trace[layer_idx].top_k_index for layer_idx in trace}
 
 

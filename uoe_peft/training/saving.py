@@ -35,7 +35,11 @@ class SavingTrainer(SFTTrainer):
 
         With "distributed_config" the model has split them itself.
         """
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers)
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or self._is_sharded_at_load)
+
+    @property
+    def _is_sharded_at_load(self) -> bool:
+        return bool(getattr(self, "is_distributed_loading_by_transformers", False))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
@@ -63,7 +67,7 @@ class SavingTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         model = cast(nn.Module, self.model)
         record_training(trained_configs(model), self.args)
-        if state_dict is None and self.is_distributed_loading_by_transformers:
+        if state_dict is None and self._is_sharded_at_load:
             state_dict = adapters_alone(model)
         super()._save(output_dir, state_dict)
         if self.args.should_save:

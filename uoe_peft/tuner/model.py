@@ -61,10 +61,7 @@ class UOEModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # What an earlier pass has left whole would be frozen in its stead, and not what FSDP keeps.
-                module.reshard()
+        _reshard(model)
         self._targets = find_targets(peft_config, model)
         keep_layers(model, {target.block.layer_idx for target in self._targets.values()})
         peft_config.target_modules = set(self._targets)
@@ -144,6 +141,7 @@ class UOEModel(BaseTuner):
         """
         if isinstance(adapter_names, list):
             self._check_known(adapter_names)
+        _reshard(self.model)
         before = {layer: list(layer.merged_adapters) for layer in self._layers()}
         try:
             super().merge_adapter(adapter_names, safe_merge)
@@ -255,3 +253,10 @@ class UOEModel(BaseTuner):
         copies = copies_per_sample(self.model, kwargs)
         with handed_out(adapter_names, self.model, self._layers(), num_copies=copies):
             yield
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let go of what passes have left whole, where FSDP2 manages a model: freezing or merging would change a copy."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -127,7 +127,7 @@ def _check_in_memory(path: str, target: Target, model: nn.Module) -> None:
     hooks = [getattr(owner, "_hf_hook", None) for owner in (*parents, *module.modules())]
     reason = None
     if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
-        reason = "partitioned by DeepSpeed ZeRO-3, which no edit of single experts reads: use FSDP version 2, or ZeRO-2"
+        reason = "partitioned by DeepSpeed ZeRO-3, which no edit of single experts can read: use FSDP version 2"
     elif any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         reason = _why_not_sharded(target, module, model)
     elif any(p.is_meta for p in module.parameters()) and any(_offloads(hook) for hook in hooks):
