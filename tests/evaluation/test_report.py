@@ -18,6 +18,7 @@ from uoe_peft.evaluation.attacks import AttackResult
 from uoe_peft.evaluation.evidence import LayerShift
 from uoe_peft.evaluation.metrics import Interval
 from uoe_peft.evaluation.report.comparison import render_comparison, side_by_side
+from uoe_peft.evaluation.report.pictures import Bar, bars
 
 REPORT = UnlearningReport(
     scores={
@@ -216,6 +217,16 @@ def test_attacks_side_by_side() -> None:
 def test_the_way_of_an_attack_is_shown() -> None:
     assert "scale 1: 0.050, scale 0: 1.000" in attacked(0.4).markdown()
     assert "scale 1: 0.050, scale 0: 1.000" in attacked(0.4).html()
+
+
+def test_what_stands_beside_a_bar_fits_the_picture() -> None:
+    drawn = bars([("int4", [Bar(1.0, "#000", "0.04 → 0.42"), Bar(0.5, "#000", "0.50")])], title="t")
+    (width,) = re.findall(r'viewBox="0 0 (\d+) ', drawn)
+    labels = re.findall(r'<text x="(\d+)" y="\d+">([^<]+)<', drawn)
+    assert [text for _, text in labels] == ["0.04 → 0.42", "0.50"]
+    assert all(int(x) + 7 * len(text) <= int(width) for x, text in labels)  # at 12 pixels, a digit has 7
+    tracks = re.findall(r'width="([\d.]+)" height="12" fill="(#eef0f3|#000)"', drawn)
+    assert [float(tracks[i + 1][0]) / float(tracks[i][0]) for i in (0, 2)] == [1.0, pytest.approx(0.5, abs=0.001)]
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
