@@ -45,7 +45,7 @@ def test_each_bar_stands_over_the_number_of_its_expert(attribution: ExpertAttrib
         assert {to_hex(bar.get_facecolor()) for bar in container} == {colour}
     places = [(one.get_x() + other.get_x() + other.get_width()) / 2 for one, other in zip(forget, retain, strict=True)]
     assert places == pytest.approx(list(bars.get_xticks()), abs=1e-6)
-    assert bars.lines == []  # experts are categories: nothing lies between them
+    assert len(bars.lines) == 0  # experts are categories: nothing lies between them
     assert "24 of 40" in bars.get_title(loc="left")
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
-from typing import Any, cast
+from copy import copy, deepcopy
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe.interventions import find_decoder
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @contextmanager
@@ -105,3 +107,21 @@ def _decoder_below_head(model: nn.Module) -> nn.Module:
     if decoder is (cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model):
         raise UnsupportedModelError(f"{type(decoder).__name__} has no decoder apart from an LM head")
     return decoder
+
+
+def independent_copy(model: ModuleT) -> ModuleT:
+    """A deep copy of a model that runs on its own weights, also after a trainer of TRL has had the model.
+
+    Such a trainer gives a model a second LM head: its `forward` becomes a closure over the old one. A plain deep copy
+    goes on calling that closure, and with it the weights of the model that it was made from.
+    """
+    memo: dict[int, Any] = {}
+    copied = deepcopy(model, memo)
+    for module in copied.modules():
+        forward = getattr(vars(module).get("forward"), "__func__", None)
+        cells = getattr(forward, "__closure__", None) or ()
+        names = forward.__code__.co_freevars if cells and forward is not None else ()
+        closure = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+        if "original_forward" in closure:
+            module.forward = deepcopy(closure["original_forward"], memo)  # bound to the copy
+    return copied

@@ -9,6 +9,7 @@ import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
 
 from tests.evaluation.attacks.conftest import TARGETS, adapted, as_it_was, is_router, logits_of, perturb
 from tests.families import build
@@ -43,6 +44,19 @@ def test_a_copy_is_the_merged_model(qwen: PreTrainedModel) -> None:
     assert all(parameter.requires_grad for parameter in plain.parameters())
     torch.testing.assert_close(logits_of(plain), expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(expected, logits_of(qwen), atol=1e-2)
+
+
+def test_a_copy_runs_on_its_own_weights_also_where_trl_has_wrapped_the_forward(qwen: PreTrainedModel) -> None:
+    add_fused_lm_head(qwen)  # as every trainer of TRL does
+    model = adapted(qwen)
+    before = logits_of(model)
+    plain = plain_copy(model)
+    torch.testing.assert_close(logits_of(plain), before, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    assert not logits_of(plain).any()
+    assert torch.equal(logits_of(model), before)
 
 
 def test_a_merged_adapter_stays_merged(qwen: PreTrainedModel) -> None:

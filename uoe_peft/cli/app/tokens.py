@@ -13,7 +13,7 @@ STYLE = f"""
 .uoe-tokens {{ display: flex; flex-wrap: wrap; gap: 4px; margin: 4px 0 12px; }}
 .uoe-token {{ border: 1px solid var(--border-color-primary, #c5cad2); border-radius: 4px; padding: 1px 5px;
   font: 13px/1.35 ui-monospace, monospace; color: var(--body-text-color, #1c2330); text-align: center; }}
-.uoe-token small {{ display: block; font-size: 11px; color: inherit; opacity: .8; }}
+.uoe-token small {{ display: block; font-size: 11px; color: inherit; }}
 .uoe-token.edited {{ border: 2px solid {UNLEARNED}; padding: 0 4px; }}
 .uoe-token b {{ background: {UNLEARNED}; color: #fff; border-radius: 3px; padding: 0 3px; }}
 .uoe-heading {{ font-size: 14px; color: var(--body-text-color, #1c2330); margin: 8px 0 0; }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from uoe_peft.precision import say_if_slow
 from uoe_peft.testbed import FORGET_TOPIC, TOPICS, as_prompt, checkpoint_path, load_facts
 from uoe_peft.tuner import UOEConfig  # noqa: F401  (registers the method with PEFT)
 
+_HOST = "127.0.0.1"  # for others to see the page, forward the port
 _PROMPT_OF_TESTBED = as_prompt("{question}")
 
 
@@ -46,7 +48,11 @@ class AppArguments:
 def run(arguments: Sequence[str]) -> None:
     """Serve the page until it is stopped."""
     (options,) = parse("app", arguments, AppArguments)
-    launch(page_of(options), server_name="127.0.0.1", server_port=options.port)
+    # PEFT 0.21 asks models for transformers' old name of activation checkpointing, each time it wraps one.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    page = page_of(options)
+    print(f"the page is at http://{_HOST}:{options.port}; Ctrl-C stops it", flush=True)
+    launch(page, server_name=_HOST, server_port=options.port, quiet=True)
 
 
 def page_of(options: AppArguments) -> object:

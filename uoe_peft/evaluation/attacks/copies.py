@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from uoe_peft.errors import NotApplicableError
 from uoe_peft.evaluation.attacks.result import CausalLM
+from uoe_peft.moe.lm_head import independent_copy
 from uoe_peft.tuner import UOEConfig
 
 Scaling = dict[str, float]
@@ -27,7 +27,7 @@ def plain_copy(model: CausalLM) -> PreTrainedModel:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{type(model).__name__} has offloaded weights; load it onto a device before it is attacked")
-    copied = deepcopy(model)
+    copied = independent_copy(model)
     plain = _merged(copied) if isinstance(copied, PeftModel) else copied
     return cast(PreTrainedModel, plain.requires_grad_(True).eval())
 

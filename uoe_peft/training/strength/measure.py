@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from typing import cast
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from uoe_peft.data import Batch
 from uoe_peft.moe.evaluation_mode import evaluation_mode
+from uoe_peft.moe.lm_head import independent_copy
 from uoe_peft.training.objective.forward import forward_answers
 from uoe_peft.training.strength.options import Metric
 
@@ -67,7 +67,7 @@ def known_after_relearning(model: nn.Module, learned: Sequence[Batch], asked: Ca
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("calibrate_against='relearning' copies the model, and some of its weights are offloaded")
-    copied = deepcopy(model)
+    copied = independent_copy(model)
     plain = cast(nn.Module, copied.merge_and_unload() if isinstance(copied, PeftModel) else copied)
     plain = plain.float().requires_grad_(True).eval()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
