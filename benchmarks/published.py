@@ -94,8 +94,8 @@ def published() -> dict[str, PreTrainedConfig]:
 
 
 def table() -> str:
-    """A row for each model, with memory for float32 and for bfloat16."""
-    columns = ["Model", "Parameters", "On disk", "Memory, float32", "Memory, bfloat16", "Attribute", "Train (RMU)"]
+    """A row for each model, with memory for attribution and for training, in float32 and in bfloat16."""
+    columns = ["Model", "Parameters", "On disk", "Memory, float32", "Memory, bfloat16", "Attribute", "Train"]
     lines = [f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"]
     for name, config in published().items():
         wide, narrow = (
@@ -110,8 +110,10 @@ def table() -> str:
             for weight_bytes in (4, 2)
         )
         lines.append(
-            f"| {name} | {wide.parameters / 1e9:.0f} G | {wide.checkpoint_gb:.0f} GB | {wide.memory_gib:.0f} GiB | "
-            f"{narrow.memory_gib:.0f} GiB | {wide.attribute_seconds / 3600:.1f} h | "
+            f"| {name} | {wide.parameters / 1e9:.0f} G | {wide.checkpoint_gb:.0f} GB | "
+            f"{wide.attribute_gib:.0f} / {wide.train_gib:.0f} GiB | "
+            f"{narrow.attribute_gib:.0f} / {narrow.train_gib:.0f} GiB | "
+            f"{wide.attribute_seconds / 3600:.1f} h | "
             f"{wide.train_seconds / 3600:.1f} h |\n"
         )
     return "".join(lines)

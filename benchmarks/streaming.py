@@ -184,10 +184,9 @@ def stages(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Every stage once, each from files that the system has not cached."""
     found: dict[str, Any] = {}
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    forget, retain = rows(tokenizer, num_tokens=options.tokens, length=128)
+    forget, retain = rows(tokenizer, num_tokens=max(options.tokens, options.solve_tokens), length=options.length)
     above = resident_bytes()
-    reading: dict[str, Any] = {"max_tokens": options.tokens, "batch_size": 8, "max_length": 128}
-    half: dict[str, Any] = {**reading, "max_tokens": options.solve_tokens}
+    reading: dict[str, Any] = {"max_tokens": options.tokens, "batch_size": 8, "max_length": options.length}
 
     def run(name: str, stage: Callable[[], Any]) -> Any:
         uncached(folder)
@@ -202,11 +201,6 @@ def stages(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     del model
     middle = options.layers // 2
     target = [(middle, int(attribution.affinity[middle].argmax()))]
-    if options.solve:
-        solving: dict[str, Any] = {**half, "processing_class": tokenizer, "target_experts": target}
-        run("solve", lambda: solve_unlearning(opened(), forget, retain, **solving))
-    if not options.train:
-        return {"target": target, **found}
     args = UnlearningConfig(
         output_dir=str(folder / "adapter"),
         forget_loss="rmu",
@@ -214,7 +208,7 @@ def stages(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
         learning_rate=1e-4,
-        max_length=128,
+        max_length=options.length,
         bf16=False,
         use_cpu=True,
         save_strategy="no",
@@ -234,8 +228,12 @@ def stages(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         trainer.train()
         trainer.save_model(args.output_dir)
 
-    run("train and save", train)
-    run("merge", lambda: merge_checkpoint(folder, args.output_dir, folder / "merged"))
+    if options.train:
+        run("train and save", train)
+        run("merge", lambda: merge_checkpoint(folder, args.output_dir, folder / "merged"))
+    if options.solve:
+        solving = {**reading, "max_tokens": options.solve_tokens, "processing_class": tokenizer}
+        run("solve", lambda: solve_unlearning(opened(), forget, retain, target_experts=target, **solving))
     return {"target": target, **found}
 
 
@@ -250,7 +248,8 @@ def main() -> None:
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=200, help="of each set, of 128 tokens, that training reads")
+    parser.add_argument("--rows", type=int, default=200, help="of each set that training reads")
+    parser.add_argument("--length", type=int, default=128, help="of a row, in tokens")
     parser.add_argument("--progress", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     options = parser.parse_args()

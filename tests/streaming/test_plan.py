@@ -45,7 +45,9 @@ def test_memory_is_a_layer_states_and_a_batch() -> None:
     states = 2 * (2 * 5 * 7) * 24 * 4
     batch = 8 * 7 * (2 * (3 * 20 + 2 * 24) + 10 * 24) * 4
     assert plan.layer_gib * 2**30 == 4 * LAYER
-    assert plan.memory_gib * 2**30 == pytest.approx(4 * LAYER + 2 * LAYER / 3 + states + batch)
+    peak = 4 * LAYER + 2 * LAYER / 3 + states + batch
+    assert plan.attribute_gib * 2**30 == pytest.approx(peak)
+    assert plan.train_gib * 2**30 == pytest.approx(peak + 4 * LAYER + 16 * (EXPERT + 6 * 24))
     assert plan.ahead_gib * 2**30 == 2 * LAYER
     assert plan.parameters == 4 * LAYER + 2 * 101 * 24 + 24
     assert plan.checkpoint_gb * 1e9 == pytest.approx(2 * plan.parameters)

@@ -174,6 +174,7 @@ def test_evaluation_by_likelihood(
             processing_class=tokenizer,
             batch_size=3,
             max_new_tokens=2,
+            cache_dir=tmp_path / f"answers-{name}",
         )
     for model in ("base", "unlearned"):
         for part in ("forget", "retain"):

@@ -70,8 +70,9 @@ class StreamingPlan:
         parameters: Of the model.
         checkpoint_gb: Size on disk, in 10^9 bytes.
         layer_gib: Of the largest decoder layer, in the dtype that is computed in.
-        memory_gib: The most that is in memory: a layer while it comes in, hidden states up to 2 GiB, and a batch.
-        ahead_gib: More, with which the next layer is read while one computes.
+        attribute_gib: Memory of attribution: a layer while it comes in, hidden states up to 2 GiB, and a batch.
+        train_gib: Memory of training: the edited layer stays, too, with what AdamW keeps of its deltas.
+        ahead_gib: Memory with which, in either, the next layer is read while one computes.
         states_gib: Hidden states of all tokens; beyond 2 GiB they are in files.
         attribute_seconds: One pass of all rows through all layers.
         train_seconds: RMU in the chosen layer: checks that read the layers two to three times, one pass of all rows
@@ -82,7 +83,8 @@ class StreamingPlan:
     parameters: int
     checkpoint_gb: float
     layer_gib: float
-    memory_gib: float
+    attribute_gib: float
+    train_gib: float
     ahead_gib: float
     states_gib: float
     attribute_seconds: float
@@ -94,8 +96,8 @@ class StreamingPlan:
         return "\n".join(
             [
                 f"model       {self.parameters / 1e9:8.2f} G parameters, {self.checkpoint_gb:.0f} GB on disk",
-                f"memory      {self.memory_gib:8.1f} GiB, of which a decoder layer takes {self.layer_gib:.1f}; reading "
-                f"ahead takes {self.ahead_gib:.1f} more",
+                f"memory      {self.attribute_gib:8.1f} GiB to attribute, {self.train_gib:.1f} to train, of which a "
+                f"decoder layer takes {self.layer_gib:.1f}; reading ahead takes {self.ahead_gib:.1f} more",
                 f"disk        {max(0.0, self.states_gib - 2):8.1f} GiB of hidden states beside the checkpoint",
                 f"attribute   {self.attribute_seconds / 60:8.1f} min, planned, not measured",
                 f"train       {self.train_seconds / 60:8.1f} min with rmu and embed_diff, planned, not measured",
@@ -126,7 +128,7 @@ def plan_streaming(
         layer_idx: Layer of the expert; None: the middle one of those with experts.
         rows: Rows of the forget set; each is paired with a retain row.
         tokens_a_row: Mean length.
-        batch_size: Forget rows a forward pass.
+        batch_size: Forget rows a forward pass, each with a retain row.
         epochs: Passes over the forget set.
         tflops: Speed that the device reaches on matrix products, 10^12 operations a second.
         disk_gb_s: Speed of the disk, 10^9 bytes a second.
@@ -152,7 +154,7 @@ def plan_streaming(
     largest = max(layers, key=lambda layer: layer.parameters)
     reading = largest.parameters * (weight_bytes if largest.is_scaled else min(2, weight_bytes))
     peak = largest.parameters * weight_bytes + reading / 3 + min(2 * _GIB, states)
-    batch = working_bytes(model, 8 * tokens_a_row, weight_bytes)
+    peak += working_bytes(model, 2 * batch_size * tokens_a_row, weight_bytes)
     block = blocks[chosen]
     trained = _expert_parameters(block.experts) // block.num_experts + block.num_experts * block.hidden_size
     # The model from its beginning, from the edited layer on, and again with what is above it left out; see
@@ -163,7 +165,8 @@ def plan_streaming(
         parameters=parameters,
         checkpoint_gb=(sum(layer.stored for layer in layers) + 2 * ends) / 1e9,
         layer_gib=largest.parameters * weight_bytes / _GIB,
-        memory_gib=(peak + batch) / _GIB,
+        attribute_gib=peak / _GIB,
+        train_gib=(peak + layers[chosen].parameters * weight_bytes + trained * (4 + _OPTIMISER_BYTES)) / _GIB,
         ahead_gib=reading / _GIB,
         states_gib=states / _GIB,
         attribute_seconds=seconds(layers, tokens),
@@ -215,7 +218,7 @@ def plan_unlearning(
         layer_idx: Layer of the expert; None: the middle one of those with experts.
         rows: Rows of the forget set; each is paired with a retain row.
         tokens_a_row: Mean length.
-        batch_size: Forget rows a forward pass.
+        batch_size: Forget rows a forward pass, each with a retain row.
         epochs: Passes over the forget set.
         tflops: Speed that the device reaches on such a model, 10^12 operations a second: a third of its peak is good.
         weight_bytes: Of one weight: 2 for bfloat16.

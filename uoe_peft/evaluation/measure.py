@@ -88,8 +88,9 @@ def measure(
     rows: dict[str, list[Row]] = {}
     routing: dict[str, RoutingRecord] = {}
     with answering(model):
-        stored = f"{model_key(model)}-{asking.max_new_tokens}" if asking.cache_dir is not None else ""
-        store = AnswerStore(asking.cache_dir, stored)
+        cache_dir = asking.cache_dir if find_streamed(model) is None else None  # there are no answers to store
+        stored = f"{model_key(model)}-{asking.max_new_tokens}" if cache_dir is not None else ""
+        store = AnswerStore(cache_dir, stored)
         for name, asked in sets.items():
             desc = f"{called}, {name} set"
             if isinstance(asked, Choices):
