@@ -286,7 +286,7 @@ def option_accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, asked: Quest
     What a model can say beside letters does not count: this is the measure of https://arxiv.org/abs/2403.03218.
     """
     letters = [tokenizer(letter)["input_ids"] for letter in LETTERS]
-    places = [place for place, row in enumerate(asked.columns) if row["topic"] == "MMLU"]
+    places = [place for place, row in enumerate(asked.asked) if asked.columns[row]["topic"] == "MMLU"]
     options = [
         [{"input_ids": prompt + letter, "labels": [IGNORE_INDEX] * len(prompt) + letter} for letter in letters]
         for prompt in (asked.prompts[place] for place in places)
