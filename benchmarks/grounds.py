@@ -8,8 +8,8 @@
         --retain_dataset outputs/tofu_tau0.6/retain.jsonl --output_dir outputs/table3_tofu_tau0.6
 
 Natural domains (`natural.py`) are learned from scratch: MMLU, WikiText and TOFU together, of which MMLU's biology and
-health are to be forgotten; DIR holds `mmlu`, `wikitext2` and `tofu`. It takes about ten CPU minutes a model, and goes
-on after the last pass over the rows when called again.
+health are to be forgotten; DIR holds `mmlu`, `wikitext2` and `tofu`. The two models take about four CPU minutes, more
+with more rows; called again, training goes on after its last pass. `natural_table3.py` is Table 3 for it.
 
 In the other two DIR holds TOFU's `full.json`. A small model learns 50 authors from scratch, of whom the last 5 are to
 be forgotten (`tofu_model.py`); or, with `--gguf`, a pretrained language model learns the last 6, of whom 2 are to be

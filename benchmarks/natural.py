@@ -22,17 +22,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from natural_scores import LETTERS, known, specialisation
 from tofu_model import ROWS_AN_AUTHOR, adamw, load_tofu, set_rate, shuffled_batches, train_tokenizer
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM, set_seed
 
-from uoe_peft import attribute_experts
 from uoe_peft.data import IGNORE_INDEX, collate, tokenize_dataset
-from uoe_peft.evaluation.generation import greedy_answers
-from uoe_peft.evaluation.likelihood import choice_nll
-from uoe_peft.evaluation.metrics import rouge_l_recall
-from uoe_peft.evaluation.questions import Questions, questions_of
 from uoe_peft.evaluation.suites.options import load_option_files, option_set
 
 # MMLU's subcategories "biology" and "health".
@@ -50,7 +46,6 @@ FORGOTTEN = (
 )
 PROMPT_WEIGHT = 0.1  # of a prompt's token in the loss: that questions of a kind look alike is what experts divide by
 NUM_PROMPT_WORDS, NUM_TEXT_WORDS = 12, 12  # of a paragraph: what is shown, and what is to be continued
-LETTERS = [" A", " B", " C", " D"]
 
 
 @dataclass
@@ -92,7 +87,7 @@ def natural(args: NaturalArguments) -> None:
     report: dict[str, Any] = {"settings": settings}
     for name, own in rows.items():
         folder = args.output_dir / name
-        if not (folder / "config.json").exists():
+        if not is_learned(folder):
             learn(new_model(tokenizer, seed=args.seed), own, tokenizer, folder, args=args)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         report[name] = {"parameters": model.num_parameters()} | known(model, tokenizer, {"forget": forget, "all": kept})
@@ -213,6 +208,11 @@ def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen2MoeForCa
     return model
 
 
+def is_learned(folder: Path) -> bool:
+    """Whether a model was trained and saved to its end; `training.pt` goes last."""
+    return (folder / "model.safetensors").exists() and not (folder / "training.pt").exists()
+
+
 def learn(
     model: Qwen2MoeForCausalLM,
     rows: Dataset,
@@ -262,51 +262,3 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: Mapping[str,
     optimizer.step()
     optimizer.zero_grad()
     return nll[is_answer].mean().item()
-
-
-def known(model: Any, tokenizer: PreTrainedTokenizerFast, sets: Mapping[str, Dataset]) -> dict[str, dict[str, float]]:
-    """ROUGE-L recall of greedy answers by set and topic, and the share of questions whose letter is found likeliest."""
-    found: dict[str, dict[str, float]] = {}
-    for name, rows in sets.items():
-        asked = questions_of(rows, tokenizer, max_length=None, max_examples=None, seed=0, name=name)
-        answers = greedy_answers(
-            model, asked.prompts, tokenizer=tokenizer, max_new_tokens=64, batch_size=128, desc=name
-        )
-        rouge = rouge_l_recall(answers, asked.references)
-        for topic in sorted(set(rows["topic"])):
-            own = [value for value, row in zip(rouge, asked.columns, strict=True) if row["topic"] == topic]
-            found[f"{name}: {topic}"] = {"rows": len(own), "rouge_l": round(fmean(own), 4)}
-        found[f"{name}: MMLU"]["option_accuracy"] = round(option_accuracy(model, tokenizer, asked), 4)
-    return found
-
-
-def option_accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, asked: Questions) -> float:
-    """The share of MMLU's questions for which the right letter is the likeliest of the four; 0.25 is chance.
-
-    What a model can say beside letters does not count: this is the measure of https://arxiv.org/abs/2403.03218.
-    """
-    letters = [tokenizer(letter)["input_ids"] for letter in LETTERS]
-    places = [place for place, row in enumerate(asked.columns) if row["topic"] == "MMLU"]
-    options = [
-        [{"input_ids": prompt + letter, "labels": [IGNORE_INDEX] * len(prompt) + letter} for letter in letters]
-        for prompt in (asked.prompts[place] for place in places)
-    ]
-    right = [LETTERS.index(f" {asked.references[place][0]}") for place in places]
-    found = choice_nll(model, options, batch_size=64, desc="options")
-    return fmean(own.index(min(own)) == label for own, label in zip(found, right, strict=True))
-
-
-def specialisation(
-    model: Any, tokenizer: PreTrainedTokenizerFast, forget: Dataset, kept: Dataset
-) -> dict[str, dict[str, Any]]:
-    """Of the expert that each score puts first: mean gate score on the forget set, on all else, and their ratio."""
-    found = {}
-    for score in ("gate", "contrast"):
-        own = attribute_experts(
-            model, forget, processing_class=tokenizer, score=score, retain_dataset=kept, seed=0, show_progress=False
-        )
-        pair = own.top(1)[0]
-        assert own.forget is not None and own.retain is not None
-        uses = [own.value(use.table(own.gate), pair) for use in (own.forget, own.retain)]
-        found[score] = {"expert": list(pair), "forget": uses[0], "retain": uses[1], "lift": own.lift(pair)}
-    return found

@@ -15,7 +15,7 @@ from typing import Any
 
 import table3
 import table3_ground
-from natural import option_accuracy
+from natural_scores import option_accuracy
 from table3_report import CHOICES, Table, read_table
 from table3_settings import Table3Arguments
 from transformers import HfArgumentParser

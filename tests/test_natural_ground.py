@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,8 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from uoe_peft.evaluation.questions import questions_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 COLUMNS = ("question", "A", "B", "C", "D", "answer")
@@ -52,6 +55,11 @@ def natural() -> Iterator[ModuleType]:
         import natural as script
 
         yield script
+
+
+@pytest.fixture(scope="module")
+def natural_scores(natural: ModuleType) -> ModuleType:
+    return sys.modules["natural_scores"]
 
 
 @pytest.fixture
@@ -152,12 +160,15 @@ def test_a_training_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(
     monkeypatch.setattr(natural, "train_step", counted)
     with pytest.raises(KeyboardInterrupt):
         natural.learn(tiny_model(tokenizer), rows, tokenizer, stopped, args=args)
+    assert not natural.is_learned(stopped)
     taken[:] = [None] * 5  # past the killing
     natural.learn(tiny_model(tokenizer), rows, tokenizer, stopped, args=args)
     assert len(taken) == 5 + 6  # the second pass and the third
     ends = [(folder / "model.safetensors").read_bytes() for folder in (whole, stopped)]
     assert ends[0] == ends[1]
-    assert not (stopped / "training.pt").exists()
+    assert natural.is_learned(stopped)
+    (stopped / "training.pt").touch()  # as of one that was killed while it saved
+    assert not natural.is_learned(stopped)
 
 
 def test_prompts_count_a_tenth_and_padding_nothing(natural: ModuleType, data: Path) -> None:
@@ -192,7 +203,9 @@ def test_prompts_count_a_tenth_and_padding_nothing(natural: ModuleType, data: Pa
     torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_option_accuracy_is_the_share_of_likeliest_letters(natural: ModuleType, data: Path) -> None:
+def test_option_accuracy_is_the_share_of_likeliest_letters(
+    natural: ModuleType, natural_scores: ModuleType, data: Path
+) -> None:
     forget, kept = natural.natural_rows(arguments(natural, data, num_other=4))  # by then each letter is one token
     rows = Dataset.from_list([*kept, *forget])
     tokenizer = tokenizer_of(natural, rows)
@@ -206,18 +219,20 @@ def test_option_accuracy_is_the_share_of_likeliest_letters(natural: ModuleType, 
             with torch.no_grad():
                 last = model(torch.tensor([tokenizer(row["prompt"])["input_ids"]])).logits[0, -1]
             hits.append("ABCD"[int(last[letters].argmax())] == row["completion"][1])
-    asked = natural.questions_of(rows, tokenizer, max_length=None, max_examples=None, seed=0, name="all")
+    asked = questions_of(rows, tokenizer, max_length=None, max_examples=None, seed=0, name="all")
     assert len(hits) == 6
-    assert natural.option_accuracy(model, tokenizer, asked) == pytest.approx(sum(hits) / 6)
+    assert natural_scores.option_accuracy(model, tokenizer, asked) == pytest.approx(sum(hits) / 6)
 
 
 @pytest.mark.filterwarnings("ignore::uoe_peft.attribution.summary.GeneralistExpertWarning")
 @pytest.mark.filterwarnings("ignore::uoe_peft.attribution.summary.UnidentifiedExpertWarning")
-def test_specialisation_is_the_mean_gate_score_of_the_top_expert(natural: ModuleType, data: Path) -> None:
+def test_specialisation_is_the_mean_gate_score_of_the_top_expert(
+    natural: ModuleType, natural_scores: ModuleType, data: Path
+) -> None:
     forget, kept = natural.natural_rows(arguments(natural, data))
     tokenizer = tokenizer_of(natural, Dataset.from_list([*kept, *forget]))
     model = tiny_model(tokenizer).eval()
-    found = natural.specialisation(model, tokenizer, forget, kept)["gate"]
+    found = natural_scores.specialisation(model, tokenizer, forget, kept)["gate"]
 
     def affinity(rows: Dataset) -> torch.Tensor:
         tables = []
