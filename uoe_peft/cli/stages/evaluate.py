@@ -97,8 +97,7 @@ class EvaluateArguments(ColumnOptions, OverwriteOption):
 def run(arguments: Sequence[str]) -> None:
     """Evaluate, print the table and write the report to `--output_dir`; answers so far are kept there, too."""
     (options,) = parse("evaluate", arguments, EvaluateArguments)
-    if options.adapter is not None:
-        check_apart(options.output_dir, adapter=options.adapter)
+    check_apart(options.output_dir, adapter=options.adapter)
     check_folder(options.output_dir, overwrite=options.overwrite, option="output_dir", own=("report.json",))
     name = base_of(options)
     suite = suite_of(options)
