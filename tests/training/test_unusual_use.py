@@ -199,3 +199,9 @@ def test_a_slow_type_that_autocast_computes_in_is_said_once(make_trainer, build,
         for _ in range(2):
             make_trainer(build.uoe(build.model()), bf16=True)  # weights in float32
     assert caplog.text.count("computes in bfloat16") == 1
+
+
+def test_prompts_count_beside_alternatives_where_they_are_asked_for(make_trainer):
+    dataset = make_trainer(forget_loss="idk", completion_only_loss=False).train_dataset
+    for role in ("forget", "alternative", "retain"):
+        assert -100 not in dataset[0][role]["labels"]
