@@ -47,8 +47,8 @@ def test_a_copy_is_the_merged_model(qwen: PreTrainedModel) -> None:
 
 
 def test_a_copy_runs_on_its_own_weights_also_where_trl_has_wrapped_the_forward(qwen: PreTrainedModel) -> None:
-    add_fused_lm_head(qwen)  # as every trainer of TRL does
     model = adapted(qwen)
+    add_fused_lm_head(model.get_base_model())  # as every trainer of TRL does
     before = logits_of(model)
     plain = plain_copy(model)
     torch.testing.assert_close(logits_of(plain), before, atol=1e-5, rtol=1e-5)
