@@ -82,12 +82,12 @@ def find_decoder(model: nn.Module) -> nn.Module:
 
 def find_runnable(model: nn.Module) -> Callable[..., Any]:
     """The decoder to call; of a model that FSDP2 has sharded, all of it: FSDP does not let a part be called first."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    root = next((module for module in (model, base) if isinstance(module, FSDPModule)), None)
-    if root is None:
+    base: nn.Module = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    roots = [module for module in (model, base) if isinstance(cast(object, module), FSDPModule)]
+    if not roots:
         return find_decoder(model)
-    takes = inspect.signature(cast(nn.Module, base).forward).parameters
-    return partial(root, logits_to_keep=1) if "logits_to_keep" in takes else partial(root)
+    takes = inspect.signature(base.forward).parameters
+    return partial(roots[0], logits_to_keep=1) if "logits_to_keep" in takes else partial(roots[0])
 
 
 @contextmanager
