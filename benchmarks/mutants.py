@@ -466,6 +466,8 @@ def scopes(path: Path, first: int, last: int) -> list[set[int]]:
     for node in around:
         inner = getattr(node, "body", None) or [case.pattern for case in getattr(node, "cases", ())]
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if node is around[0]:  # its decorators, or how it is called
+                found.append(set(range(_start(node), inner[0].lineno)))
             found.append(set(range(inner[0].lineno, _end(node) + 1)))
         elif node is around[0]:
             end = inner[0].lineno - 1 if inner else _end(node)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from peft import PeftConfig
 
 from uoe_peft.tuner import UOEConfig
@@ -67,6 +68,7 @@ def test_numbers_of_numpy_become_pythons_own(tmp_path: Path) -> None:
     assert config.target_experts == [(0, 3), (2, 5)]
     assert (config.r, config.uoe_alpha, config.strength, config.train_router) == (4, 8.0, 0.5, False)
     assert config.target_projections == ["down_proj"]
+    assert UOEConfig(target_experts=[(0, 1)], strength=torch.tensor(0.5)).strength == 0.5
     assert UOEConfig(target_experts={np.int32(2): np.arange(2)}).target_experts == [(2, 0), (2, 1)]
     config.save_pretrained(tmp_path)  # JSON holds Python's numbers only
     assert UOEConfig.from_pretrained(tmp_path).target_experts == config.target_experts

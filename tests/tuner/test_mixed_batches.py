@@ -73,6 +73,7 @@ def test_names_must_be_one_for_each_sample(adapted: PeftModel, input_ids: Tensor
 def test_where_adapters_are_off_every_sample_is_the_bases(adapted: PeftModel, logits: Logits) -> None:
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted, adapter_names=["default", "other", "__base__"]), logits(adapted))
+        assert find_moe_blocks(adapted)[-1].experts.applied_groups(["default", "other", "__base__"]) == []
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe"], indirect=True)

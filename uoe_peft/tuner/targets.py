@@ -122,8 +122,8 @@ def _check_can_be_silenced(block: MoEBlock, projections: tuple[str, ...]) -> Non
 
 def _check_in_memory(path: str, target: Target, model: nn.Module) -> None:
     """The weights to edit must be in this process, on a device; or in parts that can be brought together."""
-    module = unwrap(model.get_submodule(path))
-    parents = [model.get_submodule(".".join(path.split(".")[:depth])) for depth in range(path.count(".") + 1)]
+    module, names = unwrap(model.get_submodule(path)), path.split(".")
+    parents = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
     hooks = [getattr(owner, "_hf_hook", None) for owner in (*parents, *module.modules())]
     reason = None
     if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
