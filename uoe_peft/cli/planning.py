@@ -156,7 +156,7 @@ def plan_streaming(
     peak = largest.parameters * weight_bytes + reading / 3 + min(2 * _GIB, states)
     peak += working_bytes(model, 2 * batch_size * tokens_a_row, weight_bytes)
     block = blocks[chosen]
-    trained = _expert_parameters(block.experts) // block.num_experts + block.num_experts * block.hidden_size
+    trained = _num_parameters(block.experts) // block.num_experts + block.num_experts * block.hidden_size
     # The model from its beginning, from the edited layer on, and again with what is above it left out; see
     # `uoe_peft.moe.exactness`. The longest and the shortest row take part.
     checks = seconds(layers, 2 * tokens_a_row) + 2 * seconds(layers[chosen:], 2 * tokens_a_row)
@@ -187,8 +187,8 @@ class _LayerSize:
     @classmethod
     def of(cls, layer: nn.Module, block: MoEBlock | None, config: PreTrainedConfig) -> _LayerSize:
         form = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-        parameters = _expert_parameters(layer)
-        experts = 0 if block is None else _expert_parameters(block.experts)
+        parameters = _num_parameters(layer)
+        experts = 0 if block is None else _num_parameters(block.experts)
         idle = 0.0 if block is None else 1 - experts_per_token(config, block.num_experts) / block.num_experts
         match form:
             case "fp8":
@@ -231,13 +231,12 @@ def plan_unlearning(
     blocks = {block.layer_idx: block for block in find_moe_blocks(model)}
     chosen = _chosen(blocks, layer_idx)
     text: Any = config.get_text_config()
-    counts = {index: _expert_parameters(block.experts) // block.num_experts for index, block in blocks.items()}
+    counts = {index: _num_parameters(block.experts) // block.num_experts for index, block in blocks.items()}
     parameters = sum(weight.numel() for weight in model.parameters())
     idle = sum(
         counts[i] * (block.num_experts - experts_per_token(config, block.num_experts)) for i, block in blocks.items()
     )
-    table: Any = model.get_input_embeddings()
-    embedding = table.weight.numel()
+    embedding = _num_parameters(model.get_input_embeddings())
     active = parameters - idle - embedding * (not getattr(text, "tie_word_embeddings", False))
     trained = counts[chosen] + blocks[chosen].num_experts * blocks[chosen].hidden_size
     share = (text.num_hidden_layers - chosen) / text.num_hidden_layers
@@ -259,8 +258,8 @@ def plan_unlearning(
     )
 
 
-def _expert_parameters(experts: nn.Module) -> int:
-    return sum(weight.numel() for weight in experts.parameters())
+def _num_parameters(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
 
 
 def _without_data(config: PreTrainedConfig) -> PreTrainedModel:
