@@ -107,7 +107,7 @@ def test_relearning_on_further_sets(sets: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attacks": ["int8", "bribery"]}, r"no attacks \['bribery'\]; there are relearning.*scale_sweep"),
+        ({"attacks": ["int8", "bribery"]}, r"no attack 'bribery'; there are relearning.*scale_sweep"),
         ({"attacks": ["relearning"], "relearning_datasets": ["a.jsonl"]}, "takes NAME=FILE.*got 'a.jsonl'"),
         ({"attacks": ["int8"], "relearning_datasets": ["a=b"]}, "are for the attack relearning"),
     ],

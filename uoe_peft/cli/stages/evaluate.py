@@ -58,7 +58,9 @@ class EvaluateArguments(ColumnOptions, OverwriteOption):
     tofu_split: str = field(default="forget10", metadata={"help": "forget01, forget05 or forget10."})
     mmlu: str | None = field(default=None, metadata={"help": "Folder with MMLU's CSV files, as a further retain set."})
     retrained_model: str | None = field(default=None, metadata={"help": "A model that never saw the forget set."})
-    attacks: list[str] = field(default_factory=list, metadata={"help": f"Of {', '.join(ATTACKS)}."})
+    attacks: list[str] = field(
+        default_factory=list, metadata={"help": "By name, such as relearning int4; a name that is none lists them all."}
+    )
     attack_options: str | None = field(
         default=None, metadata={"help": "YAML file with the options of attacks: {relearning: {learning_rate: 1e-4}}."}
     )
