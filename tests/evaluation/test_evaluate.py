@@ -181,14 +181,17 @@ def with_alternatives(dataset: Dataset, who: str) -> Dataset:
 
 def nll_of(model: Any, tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> float:
     """Mean over the answer and its end, one token at a time, in float64."""
-    ids = tokenizer(prompt)["input_ids"]
     answers = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+    return sum_of_nll(model, tokenizer(prompt)["input_ids"], answers) / len(answers)
+
+
+def sum_of_nll(model: Any, ids: list[int], answers: list[int]) -> float:
     total = 0.0
     for token in answers:
         with torch.no_grad():
             total -= float(model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)[token])
         ids = [*ids, token]
-    return total / len(answers)
+    return total
 
 
 def in_float64(model: Qwen2MoeForCausalLM) -> Qwen2MoeForCausalLM:
@@ -227,6 +230,13 @@ def test_tofu_metrics_equal_an_independent_computation(
             assert row[f"probability_w_options_{name}"] == pytest.approx(among, abs=1e-6)
             if row["set"] == "forget":
                 ratios[name].append(row[f"truth_ratio_{name}"])
+    nll, length = 0.0, 0
+    for row in report.examples.filter(lambda row: row["set"] == "forget"):
+        said = tokenizer(row["answer_unlearned"])["input_ids"]
+        with model.disable_adapter():  # the base judges what is said, as an answer to its question
+            nll += sum_of_nll(model, tokenizer(rows["forget"][row["row"]]["prompt"])["input_ids"], said)
+        length += len(said)
+    assert report.metrics["unlearned"]["forget_perplexity"] == pytest.approx(math.exp(nll / length), rel=1e-5)
     best = [min(ratio, 1 / ratio) for ratio in ratios["unlearned"]]
     assert report.scores["unlearned"]["forget"].metrics["truth_ratio"].mean == pytest.approx(sum(best) / 3)
     gap = max(

@@ -56,3 +56,5 @@ def test_the_retrained_model_passes_both(report: UnlearningReport) -> None:
     verdict = report.verdict("retrained", forget_limit=0.1)
     assert (verdict.forgotten, verdict.kept) == (True, True)
     assert report.metrics["retrained"]["mia_min_k"] < 0.8
+    assert report.metrics["retrained"]["rr2r"] > 0.4  # it says that it does not know, often of the wrong subject
+    assert report.metrics["base"]["rr2r"] < 0.1

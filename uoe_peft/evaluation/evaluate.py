@@ -16,15 +16,15 @@ from uoe_peft.evaluation.attacking import Attacks, attack_all
 from uoe_peft.evaluation.calibration import Calibration
 from uoe_peft.evaluation.evidence import CostClock, adapter_cost, changed_cost, has_routed_experts, routing_shifts
 from uoe_peft.evaluation.evidence.settings import settings_of
+from uoe_peft.evaluation.fluency import fluency_of
 from uoe_peft.evaluation.likelihood import vocab_size
-from uoe_peft.evaluation.measure import AnyModel, Asked, Asking, Measured, fluency, measure
+from uoe_peft.evaluation.measure import AnyModel, Asked, Asking, Measured, measure
 from uoe_peft.evaluation.questions import Choices, choices_of, questions_of, sample
 from uoe_peft.evaluation.report import AttackRun, ModelName, UnlearningReport
 from uoe_peft.evaluation.report.summary import (
     answer_scores,
     check_values,
     example_table,
-    fluency_metrics,
     model_metrics,
     scores_by_value,
 )
@@ -111,7 +111,7 @@ def evaluate_unlearning(
     notes = [asked.note for asked in sets.values() if not isinstance(asked, Choices) and asked.note]
     metrics = model_metrics(results, suite)
     with before_unlearning(model, base_model) as judge:
-        for name, own in _fluency(judge, results, suite, sets, asking).items():
+        for name, own in fluency_of(judge, results, suite, sets, asking).items():
             metrics[name] |= own
     runs: list[AttackRun] = []
     if attacks:
@@ -188,37 +188,6 @@ def _measure_all(
     if retrained_model is not None:
         results["retrained"] = measure(retrained_model, sets, asking, called="retrained", num_experts={})
     return results
-
-
-def _fluency(
-    judge: AnyModel,
-    results: Mapping[ModelName, Measured],
-    suite: Suite,
-    sets: Mapping[str, Asked],
-    asking: Asking,
-) -> dict[ModelName, dict[str, float]]:
-    """By model, as the base judges it; empty where the first forget or retain set got no answers."""
-    roles = {role: suite.of_role(role)[0].name for role in ("forget", "retain")}
-    asked = {role: sets[name] for role, name in roles.items()}
-    nothing_said = find_streamed(judge) is not None
-    if nothing_said or any(isinstance(own, Choices) or not own.prompts for own in asked.values()):
-        return {}
-    truth = [text for questions in asked.values() for text in questions.references]  # type: ignore[union-attr]
-    answered = {
-        name: {role: [row for row in measured.rows[own] if "answer" in row] for role, own in roles.items()}
-        for name, measured in results.items()
-    }
-    said = [row["answer"] for rows in answered.values() for part in rows.values() for row in part]
-    distinct = list(dict.fromkeys([*truth, *said]))  # models agree on much: nothing is read twice
-    read = dict(zip(distinct, fluency(judge, distinct, asking, desc="fluency of what was said"), strict=True))
-    return {
-        name: fluency_metrics(
-            {role: [read[row["answer"]] for row in part] for role, part in rows.items()},
-            [read[text] for text in truth],
-            rows,
-        )
-        for name, rows in answered.items()
-    }
 
 
 def _cost(model: AnyModel, base_model: PreTrainedModel | None) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
@@ -179,30 +179,3 @@ def _add_answers(rows: list[Row], asked: Questions, answers: Sequence[str]) -> N
     recalls = rouge_l_recall(answers, asked.references)
     for place, answer, recall in zip(asked.asked, answers, recalls, strict=True):
         rows[place] |= {"answer": answer, "rouge_l_recall": recall, "repetition": repetition(answer)}
-
-
-def fluency(model: AnyModel, texts: Sequence[str], asking: Asking, *, desc: str) -> list[tuple[float, int]]:
-    """Likelihood of texts by themselves, without what was asked.
-
-    Args:
-        model: The judge: the base model.
-        texts: What was said.
-        asking: How.
-        desc: Title of the progress bar.
-
-    Returns:
-        Negative log-likelihood in nats and number of tokens of each text; `(inf, 0)` for one without tokens.
-    """
-    tokenizer = asking.tokenizer
-    begin = next(
-        (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None), 0
-    )
-    encode: Callable[..., Any] = tokenizer
-    ids = [list(encode(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    examples = [{"input_ids": [begin, *tokens], "labels": [IGNORE_INDEX, *tokens]} for tokens in ids if tokens]
-    with answering(model):
-        scored = iter(score_answers(model, examples, batch_size=asking.batch_size, desc=desc))
-        found = [next(scored) if tokens else None for tokens in ids]
-    return [
-        (-float(answer.log_probs.sum()), len(answer.log_probs)) if answer else (float("inf"), 0) for answer in found
-    ]

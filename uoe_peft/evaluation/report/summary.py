@@ -109,25 +109,25 @@ def model_metrics(results: Results, suite: Suite) -> dict[ModelName, dict[str, f
 
 def fluency_metrics(
     said: Mapping[str, Sequence[tuple[float, int]]],
-    truth: Sequence[tuple[float, int]],
+    usual: Sequence[tuple[float, int]],
     rows: Mapping[str, Sequence[Row]],
 ) -> dict[str, float]:
     """How fluent a model's answers are, and how well it says other things where it should and only there.
 
     Args:
-        said: Of the answers to the forget and to the retain set, by role: negative log-likelihood by itself under the
-            base model, in nats, and number of tokens.
-        truth: The same of the true answers. An answer counts as fluent where its perplexity is not above that of 19 of
-            20 true ones.
+        said: Of the answers to the forget and to the retain set, by role: negative log-likelihood under the base model,
+            in nats, and number of tokens.
+        usual: The same of answers that are language. An answer counts as fluent where its perplexity is not above that
+            of 19 of 20 of these.
         rows: The examples that were answered, by role, in the same order.
 
     Returns:
         `forget_perplexity`, where something was said, and `rr2r`.
     """
-    usual = float(np.quantile([_perplexity(*pair) for pair in truth], 0.95))
+    limit = float(np.quantile([_perplexity(*pair) for pair in usual], 0.95))
     other = {
         role: [
-            says_something_else(row["rouge_l_recall"], row["repetition"], _perplexity(*pair), max_perplexity=usual)
+            says_something_else(row["rouge_l_recall"], row["repetition"], _perplexity(*pair), max_perplexity=limit)
             for row, pair in zip(rows[role], pairs, strict=True)
         ]
         for role, pairs in said.items()
