@@ -11,7 +11,6 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from uoe_peft.data import IGNORE_INDEX
 from uoe_peft.evaluation.evidence import RoutingRecord
 from uoe_peft.evaluation.generation import greedy_answers
 from uoe_peft.evaluation.likelihood import choice_nll, score_answers
