@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from uoe_peft.data import IGNORE_INDEX
 from uoe_peft.evaluation.likelihood import score_answers
 from uoe_peft.evaluation.measure import AnyModel, Asked, Asking, Measured
 from uoe_peft.evaluation.questions import Choices, Questions, last_answer
@@ -89,7 +90,7 @@ def likelihoods(judge: AnyModel, said: Sequence[Said], asking: Asking) -> list[t
     ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for _, text in said]
     contexts = [list(context) or [begin] for context, _ in said]
     examples = [
-        {"input_ids": [*context, *tokens], "labels": [-100] * len(context) + tokens}
+        {"input_ids": [*context, *tokens], "labels": [IGNORE_INDEX] * len(context) + tokens}
         for context, tokens in zip(contexts, ids, strict=True)
         if tokens
     ]
