@@ -197,8 +197,8 @@ def test_probabilities_are_known_by_their_sign_and_their_sum(logits: torch.Tenso
     assert find_activation(["softmax"], p * 1.02, index, weights) == "softmax"
     assert find_activation(["softmax"], p * 0.98, index, weights) == "softmax"
     moved = p.clone()
-    moved[0, 0] -= 1.5
-    moved[0, 1] += 1.5
+    moved[0, 0] += 0.5
+    moved[0, 1] -= 0.5
     assert find_activation(["softmax"], moved, index, weights) == "softmax"
 
 

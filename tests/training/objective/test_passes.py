@@ -1,7 +1,7 @@
 """What an objective asks of the model and of its reference is what its losses read, and no more."""
 
 import inspect
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +63,11 @@ def test_options_are_passed_by_name():
     for method, expected in names.items():
         parameters = inspect.signature(getattr(Objective, method)).parameters.values()
         assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == expected
+
+
+def test_an_objective_is_not_changed_while_it_is_used():
+    with pytest.raises(FrozenInstanceError):
+        objective().targets = {1: [2]}
 
 
 def step_of(trainer, **options):
