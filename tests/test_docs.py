@@ -32,7 +32,8 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
     pretend_hub(tmp_path / "hub", monkeypatch, models=[])
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    for block in blocks(TEXTS[page], "python"):  # one after the other: a page tells one story
+    # One after the other: a page tells one story. What needs several processes or published weights is marked "py".
+    for block in blocks(TEXTS[page], "python"):
         exec(compile(block, page, "exec"), names)
 
 

@@ -105,10 +105,15 @@ def test_every_stage_ends_in_order(
         finally:
             left.append("in order")
 
+    # What Python does by itself: a shell that puts the tests into the background lets them ignore it.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     before: Callable[..., Any] | int | None = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(inspect_stage, "run", work)
-    with pytest.raises(SystemExit) as stop:
-        main(["inspect", "--adapter", "x"])
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", "--adapter", "x"])
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert stop.value.code == 130 and left == ["in order"]
     assert capsys.readouterr().err == "\nuoe-peft inspect: stopped.\n"
     assert signal.getsignal(signal.SIGTERM) is before

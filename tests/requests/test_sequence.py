@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +10,12 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 
-from tests.training.conftest import make_model, make_sets, make_tokenizer, with_lora, with_uoe
+from tests.training.conftest import make_args, make_model, make_sets, make_tokenizer, with_lora, with_uoe
 from tests.tuner.conftest import randomise
 from uoe_peft.requests import add_request, retain_with_requests
+from uoe_peft.training import UnlearningTrainer
 from uoe_peft.tuner import UOEConfig
 
-pytest_plugins = ("tests.training.conftest",)
 IDS = torch.arange(3, 15).view(2, 6)
 
 
@@ -24,7 +24,7 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(IDS).logits
 
 
-def test_a_later_request_leaves_the_earlier_ones_delta_alone(make_trainer: Callable[..., Any]) -> None:
+def test_a_later_request_leaves_the_earlier_ones_delta_alone(tmp_path: Path) -> None:
     model = add_request(make_model(), UOEConfig(target_experts=[(1, 2)]), "first")
     randomise(model, adapter_name="first", std=0.05)
     first = {name: p.clone() for name, p in model.named_parameters() if ".first." in name}
@@ -35,7 +35,10 @@ def test_a_later_request_leaves_the_earlier_ones_delta_alone(make_trainer: Calla
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable and all(".second." in name for name in trainable)
 
-    trainer = make_trainer(model, forget_loss="npo", calibrate=False)
+    forget, retain = make_sets()
+    args = make_args(output_dir=str(tmp_path), forget_loss="npo", calibrate=False)
+    sets: dict[str, Any] = {"train_dataset": forget, "retain_dataset": retain}
+    trainer = UnlearningTrainer(model, args, **sets, processing_class=make_tokenizer())
     seen = {}
     with trainer.objective.reference.base_model():
         seen["reference"] = logits(model)

@@ -75,9 +75,9 @@ def test_a_picture_is_shown_where_there_is_one(tmp_path: Path) -> None:
     configs = {"default": UOEConfig(target_experts=[(2, 1)])}
     write_card(tmp_path, configs)
     assert "![" not in (tmp_path / "README.md").read_text()
-    (tmp_path / "report.svg").touch()
+    (tmp_path / "report.png").touch()
     write_card(tmp_path, configs)
-    assert "\n\n![Report](report.svg)\n\n" in (tmp_path / "README.md").read_text()
+    assert "\n\n![Scores before and after](report.png)\n\n" in (tmp_path / "README.md").read_text()
 
 
 def test_pefts_methods_are_replaced_once_and_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,7 +262,7 @@ def test_a_sum_that_no_router_is_part_of_has_the_default_kind_of_router() -> Non
 def test_an_exact_sum_takes_the_scale_of_what_holds_it_into_account(qwen: PreTrainedModel) -> None:
     model = two_adapters(qwen, **LOW_RANK)  # scales 1 and 2
     for layer in uoe_layers(model):
-        layer.set_weighted_sum("second", {"default": -0.5}, truncate=False)
+        layer.set_combination("second", {"default": -0.5}, combine=None)
         for projection, index, delta in stored_deltas(layer, "default"):
             if index in layer.target_indices["second"]:
                 torch.testing.assert_close(layer.get_delta_weight("second", projection, index), -0.5 * delta)

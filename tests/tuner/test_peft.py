@@ -202,8 +202,9 @@ def test_merging_a_list_of_adapters_adds_them(adapted: PeftModel, logits: Logits
 def test_weighted_sum_of_adapters(adapted: PeftModel, logits: Logits, delta_type: str, combination_type: str) -> None:
     other = 0 if combination_type == "cat" else 1
     add_random_adapter(adapted, "second", seed=1, expert_idx=other, delta_type=delta_type)
+    options = {"svd_rank": 64} if combination_type == "svd" else {}
     adapted.base_model.add_weighted_adapter(
-        ["default", "second"], [0.7, -1.3], "mixed", combination_type=combination_type, svd_rank=64
+        ["default", "second"], [0.7, -1.3], "mixed", combination_type=combination_type, **options
     )
     for layer in (m for m in adapted.modules() if isinstance(m, UOELayer) and "mixed" in m.target_indices):
         for projection, index in layer.edited_keys(["mixed"]):
@@ -235,7 +236,7 @@ def test_svd_keeps_the_largest_directions(qwen: PreTrainedModel) -> None:
         ((["absent"], [1.0], "new"), "absent.*not found"),
         ((["default"], [1.0, 2.0], "new"), "1 adapters and 2 weights"),
         ((["default"], [1.0], "default"), "already"),
-        ((["default"], [1.0], "new", "ties"), "combination_type must be"),
+        ((["default"], [1.0], "new", "mean"), "combination_type must be"),
         ((["default", "second"], [1.0, 1.0], "new", "cat"), "different experts"),
     ],
 )

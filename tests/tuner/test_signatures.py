@@ -14,11 +14,11 @@ from uoe_peft.tuner.delta import DeltaLayer
 NAMES = [
     (arguments.as_int, ["minimum"]),
     (arguments.as_number, ["zero"]),
-    (card.card, ["picture"]),
+    (card.card, ["pictures"]),
     (loading.check_state_dict, ["prefix"]),
     (mixed_batches.handed_out, ["num_copies"]),
     (DeltaLayer.update_layer, ["projections", "indices", "delta_type"]),
-    (DeltaLayer.set_weighted_sum, ["truncate"]),
+    (DeltaLayer.set_combination, ["combine"]),
     (DeltaLayer.get_delta_weight, ["rows"]),
     (DeltaLayer.edited_slice, ["rows"]),
     (UOELinearLayer.__init__, ["writes_output"]),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from uoe_peft.tuner.combining import Combine
 from uoe_peft.tuner.config import UOEConfig
 
 SliceKey = tuple[str, int]  # (projection, expert_idx)
@@ -133,15 +134,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Make the edited experts contribute nothing; a router, which can do no such thing, stays as it is."""
 
     @torch.no_grad()
-    def set_combination(
-        self, adapter_name: str, weights: Mapping[str, float], combine: Callable[[list[Tensor], Tensor], Tensor] | None
-    ) -> None:
+    def set_combination(self, adapter_name: str, weights: Mapping[str, float], *, combine: Combine | None) -> None:
         """Set a fresh adapter's deltas to what others' deltas of the same slices become, computed in float32.
 
         Args:
             adapter_name: Name of the adapter to set.
             weights: A weight for each of the other adapters.
-            combine: See `combining.Combine`. None: the exact sum of low-rank deltas, whose ranks the adapter's holds.
+            combine: See `Combine`. None: the exact sum of low-rank deltas, whose ranks the adapter's holds.
         """
         for key, names in self.edited_keys([name for name in weights if name in self.target_indices]).items():
             own = {name: weights[name] for name in names}

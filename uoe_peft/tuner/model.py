@@ -232,7 +232,7 @@ class UOEModel(BaseTuner):
             for layer in self._layers():
                 if adapter_name in layer.target_indices:
                     exact = combination_type in ("linear", "cat") and adapter_name in layer.uoe_A
-                    layer.set_combination(adapter_name, by_name, None if exact else combine)
+                    layer.set_combination(adapter_name, by_name, combine=None if exact else combine)
         except BaseException:
             withdraw(self.model, adapter_name)
             del self.peft_config[adapter_name]
