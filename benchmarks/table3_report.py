@@ -344,18 +344,21 @@ def draw(path: Path, tables: Mapping[str, Table]) -> None:
 
     figure = Figure(figsize=(11, 0.9 + 4.2 * len(tables)), dpi=110, layout="constrained")
     panels = figure.subplots(len(tables), 2, squeeze=False, sharey="row")
+    # One colour and one marker through all tables, in whatever order and number theirs are.
+    parts = list(dict.fromkeys(part for table in tables.values() for part in table.parts))
+    losses = list(dict.fromkeys(loss for table in tables.values() for loss in table.losses))
     for row, (title, table) in zip(panels, tables.items(), strict=True):
         for axes, name in zip(row, ("forget", "relearned"), strict=True):
-            _draw_frontier(axes, table, name)
+            _draw_frontier(axes, table, name, parts=parts, losses=losses)
             axes.set_title(title, fontsize=9)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.savefig(path)
 
 
-def _draw_frontier(axes: Any, table: Table, name: str) -> None:
+def _draw_frontier(axes: Any, table: Table, name: str, *, parts: Sequence[str], losses: Sequence[str]) -> None:
     """The cells of a table as points, those that missed a limit hollow; lines: the best of each part over all."""
-    for place, part in enumerate(table.parts):
+    for place, part in enumerate(parts):
         colour = COLOURS[place % len(COLOURS)]
         cells = [cell for choice in CHOICES for cell in table.row(part, choice=choice) if cell]
         points = [(cell.test[name], cell.test["retain"]) for cell in cells]
@@ -364,11 +367,11 @@ def _draw_frontier(axes: Any, table: Table, name: str) -> None:
         if points:
             axes.plot(*zip(*frontier(points), strict=True), color=colour, lw=1.2, alpha=0.7)
         for cell in cells:
-            marker = MARKERS[table.losses.index(cell.loss) % len(MARKERS)]
+            marker = MARKERS[losses.index(cell.loss) % len(MARKERS)]
             face = colour if cell.reached else "none"
             axes.scatter(cell.test[name], cell.test["retain"], 42, marker=marker, edgecolors=colour, facecolors=face)
         axes.plot([], [], color=colour, lw=4, label=part)
-    for place, loss in enumerate(table.losses):
+    for place, loss in enumerate(losses):
         axes.plot([], [], ls="", marker=MARKERS[place % len(MARKERS)], color="#444", label=loss)
     twin = table.references.get("retrained")
     if twin is not None and name in twin:
