@@ -138,9 +138,9 @@ def check_same_adapters(model: PeftModel, folder: Path) -> None:
 
 
 def _meaning(config: UOEConfig) -> dict[str, Any]:
-    """What neither names nor shapes of an adapter's tensors tell."""
+    """What neither names nor shapes of an adapter's tensors tell; its strength becomes the checkpoint's."""
     scaled = "low_rank" in (config.delta_type, config.router_delta_type)
-    names = ("target_experts", "strength", *(("uoe_alpha", "use_rslora") if scaled else ()))
+    names = ("target_experts", *(("uoe_alpha", "use_rslora") if scaled else ()))
     return {name: getattr(config, name) for name in names}
 
 

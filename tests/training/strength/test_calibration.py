@@ -202,7 +202,9 @@ def test_relearning_is_adamw_on_all_weights_of_a_copy(trainer_of, builders):
     trainer = trainer_of(model)
     rows = list(trainer._calibration.rows["forget"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    plain = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
+    plain = builders.uoe(builders.model(), init_weights=False)  # a copy would go on calling the original
+    plain.load_state_dict(model.state_dict())
+    plain = plain.merge_and_unload().requires_grad_(True)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=2e-4, weight_decay=0)
     expected = []
     for step in range(12):
