@@ -68,3 +68,17 @@ def test_bad_arguments_are_refused():
     for hidden, ref_hidden in ((HIDDEN, HIDDEN[:1]), (HIDDEN[:1], HIDDEN)):
         with pytest.raises(ValueError, match="same tokens"):
             embed_diff_loss(hidden, ref_hidden)
+
+
+def test_a_denominator_divides_the_sum_over_tokens() -> None:
+    """Of another number of tokens than hidden sizes: a mean over the wrong dimension would count those."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, reference = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    direction = control_direction(5, seed=1).double()
+    squares = [
+        float(sum((a - b) ** 2 for a, b in zip(h, r, strict=True)) / 5) for h, r in zip(hidden, reference, strict=True)
+    ]
+    assert float(embed_diff_loss(hidden, reference, denominator=7.0)) == pytest.approx(sum(squares) / 7)
+    assert float(embed_diff_loss(hidden, reference)) == pytest.approx(sum(squares) / 3)
+    away = [float(sum((a - 2 * u) ** 2 for a, u in zip(h, direction, strict=True)) / 5) for h in hidden]
+    assert float(rmu_loss(hidden, direction, coefficient=2.0, denominator=7.0)) == pytest.approx(sum(away) / 7)
