@@ -73,3 +73,8 @@ def test_gradients():
 def test_bad_arguments_are_refused(targets, mask, reduction, message):
     with pytest.raises(ValueError, match=message):
         anchor_loss(SCORES, targets, mask, reduction=reduction)
+
+
+def test_the_range_of_experts_is_that_of_an_even_number_too():
+    with pytest.raises(ValueError, match=r"experts 0 to 3, got \[4\]"):
+        anchor_loss(torch.eye(4), [4], torch.ones(4, dtype=torch.bool))
