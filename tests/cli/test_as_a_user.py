@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -281,3 +282,13 @@ def test_unlearn_ends_with_expert_table_adapter_and_picture_and_is_not_written_o
     assert (tmp_path / "adapter" / "training.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "adapter" / "adapter_model.safetensors") in shown
     assert "holds an earlier result" in said([*command, "--output_dir", str(tmp_path / "adapter")], capsys, code=1)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # before anything is written
+    done = subprocess.run(
+        [sys.executable, "-m", "uoe_peft.cli", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
+from typing import NoReturn
 
 from uoe_peft import __version__
 from uoe_peft.cli.help import help_of
@@ -57,20 +59,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     match list(sys.argv[1:] if arguments is None else arguments):
         case [] | ["-h" | "--help", *_]:
-            print(USAGE)
-            raise SystemExit(0)
+            _tell(USAGE)
         case ["--version", *_]:
-            print(f"uoe-peft {__version__}")
-            raise SystemExit(0)
+            _tell(f"uoe-peft {__version__}")
         case [stage, *options] if stage in STAGES and {"-h", "--help"} & set(options):
-            print(help_of(stage))
-            raise SystemExit(0)
+            _tell(help_of(stage))
         case [stage, *options] if stage in STAGES:
             _run(stage, options)
         case [stage, *_]:
             said = f"unknown stage {stage!r}; use one of {', '.join(STAGES)}\nuoe-peft --help says what each does"
             print(said, file=sys.stderr)
             raise SystemExit(2)
+
+
+def _tell(text: str) -> NoReturn:
+    """Print and leave; a reader such as `head`, which has seen enough, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end has a place
+    raise SystemExit(0)
 
 
 def _run(stage: str, options: list[str]) -> None:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from uoe_peft.evaluation.report import elements
 from uoe_peft.evaluation.report.markdown import along, cell, is_sweep, number, table
 from uoe_peft.evaluation.report.pictures import COLOURS, Bar, frontier
-from uoe_peft.palette import RETRAINED
+from uoe_peft.palette import CALIBRATED, FORGET, OTHERS, RETAIN, RETRAINED
 
 if TYPE_CHECKING:
     from uoe_peft.evaluation.attacks.result import AttackResult
     from uoe_peft.evaluation.report.report import ModelName, UnlearningReport
 
 Table = tuple[list[str], list[list[str]]]
-_PALETTE = ("#c8374b", "#2f6db5", "#c98a1b", "#7a4fa3", "#20877e", "#8a5a3b", "#5b6b2f", "#b04a8f")
+_PALETTE = (FORGET, RETAIN, CALIBRATED, *OTHERS)
 _OF_THE_MODEL = ("experts", "routing_of")  # settings that differ between models for no other reason than that
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from uoe_peft.evaluation.report.elements import bar_figures, figure, key, page, table
 from uoe_peft.evaluation.report.markdown import MODEL_NAMES, SHOWN, attack_table, is_sweep, number
 from uoe_peft.evaluation.report.pictures import COLOURS, Bar, bars, frontier, heat_map
+from uoe_peft.palette import BASE, FORGET, OTHERS, RETAIN
 
 if TYPE_CHECKING:
     from uoe_peft.evaluation.report.report import UnlearningReport
@@ -155,7 +156,7 @@ def _routing(report: UnlearningReport) -> str:
         )
         for state in ("off", "on")
     ]
-    palette = dict(zip(report.roles, ("#c8374b", "#d98a94", "#2f6db5", "#6b7a8f", "#20877e", "#7a4fa3"), strict=False))
+    palette = dict(zip(report.roles, (FORGET, "#d98a94", RETAIN, BASE, *OTHERS), strict=False))
     groups = [
         (
             f"layer {layer}",

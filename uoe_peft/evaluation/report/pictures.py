@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from uoe_peft.palette import BASE, CALIBRATED, RETRAINED, UNLEARNED
+from uoe_peft.palette import BASE, CALIBRATED, MARK, RETRAINED, UNLEARNED
 
 COLOURS = {"base": BASE, "unlearned": UNLEARNED, "calibrated": CALIBRATED, "retrained": RETRAINED}
 _WIDTH = 360  # of the drawing; a page shows it at this many pixels or more
@@ -71,8 +71,10 @@ def frontier(
     parts.append(f'<text transform="translate(11 {middle}) rotate(-90)" text-anchor="middle">retain set: kept</text>')
     if len(line) > 1:
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in line))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="#c98a1b" stroke-width="2"/>')
-        parts += [f'<circle cx="{x}" cy="{y}" r="2.5" fill="#c98a1b"/>' for x, y in (place(*point) for point in line)]
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{CALIBRATED}" stroke-width="2"/>')
+        parts += [
+            f'<circle cx="{x}" cy="{y}" r="2.5" fill="{CALIBRATED}"/>' for x, y in (place(*point) for point in line)
+        ]
     taken: list[tuple[float, float]] = []
     for name, colour, forget, retain in points:
         x, y = place(forget, retain)
@@ -120,7 +122,7 @@ def heat_map(
     for place, column in marked:
         parts.append(
             f'<rect x="{left + column * width:.2f}" y="{2 + place * height}" width="{width:.2f}" height="{height}" '
-            'fill="none" stroke="#111" stroke-width="2.5"/>'
+            f'fill="none" stroke="{MARK}" stroke-width="2.5"/>'
         )
     bottom = 2 + len(values) * height
     step = max(1, num_columns // 8)
