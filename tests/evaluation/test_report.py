@@ -160,7 +160,7 @@ def test_the_page_is_whole_and_fetches_nothing() -> None:
 
 
 def test_the_page_frames_the_unlearned_expert() -> None:
-    (frame, *_) = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)"[^>]*stroke="#111"', FULL.html())
+    (frame, *_) = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)"[^>]*stroke="#f08c00"', FULL.html())
     cells = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)"[^>]*><title>layer 5, expert 1: 0.1000', FULL.html())
     assert cells == [frame]
 
