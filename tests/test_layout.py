@@ -45,11 +45,12 @@ ROOMS: dict[str, set[str]] = {
     "evaluation.metrics": {"losses"},
     "attribution": {"errors", "palette", "moe", "data"},
     "tuner": {"errors", "moe"},
-    "moments": {"errors", "moe", "data"},
+    "moments": {"errors", "checkpoints", "moe", "data"},
     "checkpoints": set(),
     "streaming": {"errors", "moe", "data", "checkpoints"},
     "requests": {
         "errors",
+        "checkpoints",
         "losses",
         "evaluation.metrics",
         "moe",

@@ -1,5 +1,6 @@
 """A checkpoint's files in safetensors format: which there are, what their headers say, and reading a part of one."""
 
+from uoe_peft.checkpoints.record import read_record
 from uoe_peft.checkpoints.tensor_file import StoredTensor, TensorFile, as_bytes, opened, read_bytes, torch_dtype
 from uoe_peft.checkpoints.weight_map import INDEX, SINGLE, read_weight_map, shard_path
 
@@ -11,6 +12,7 @@ __all__ = [
     "as_bytes",
     "opened",
     "read_bytes",
+    "read_record",
     "read_weight_map",
     "shard_path",
     "torch_dtype",

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from uoe_peft.checkpoints import read_record
 
 ROUTER = "router"
 _FORMAT = "uoe_peft.moments/1"
@@ -96,16 +97,7 @@ class Moments:
             FileNotFoundError: There is no such file.
             ValueError: The file is no such file, is truncated, or holds values that are not finite.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is not there; expected a file that Moments.save wrote")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no readable safetensors file: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} is of format {metadata.get('format')!r}, expected {_FORMAT!r} of Moments.save")
+        metadata, tensors = read_record(path, kind=_FORMAT, writer="Moments.save")
         header = json.loads(metadata["moments"])
         slices = {}
         for place, (layer_idx, expert_idx, projection, num_tokens) in enumerate(header["slices"]):

@@ -24,10 +24,10 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from uoe_peft.checkpoints import read_record
 from uoe_peft.data import IGNORE_INDEX, tokenize_dataset
 from uoe_peft.data.tokenization import ProcessingClass
 from uoe_peft.moe import find_moe_blocks
@@ -158,16 +158,7 @@ class PromptGate:
             FileNotFoundError: There is no such file.
             ValueError: The file is no such file, is truncated, or holds values that are not finite.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is not there; expected a file that PromptGate.save wrote")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no readable safetensors file: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} is of format {metadata.get('format')!r}, expected {_FORMAT!r} of PromptGate.save")
+        metadata, tensors = read_record(path, kind=_FORMAT, writer="PromptGate.save")
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise ValueError(f"{path} holds NaN or infinite values; fit the gate again")
         header = json.loads(metadata["gate"])
