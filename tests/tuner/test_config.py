@@ -98,6 +98,7 @@ def test_configs_of_version_0_1_0_load(tmp_path: Path, loader: type[PeftConfig])
         ({"target_experts": None}, "non-empty"),
         ({"target_experts": []}, "non-empty"),
         ({"target_experts": "best"}, '"auto"'),
+        ({"target_experts": "all"}, '"auto"'),
         ({"target_experts": [(0, -1)]}, ">= 0"),
         ({"target_experts": [3]}, "pairs"),
         ({"target_experts": [(0, 1, 2)]}, "pairs"),

@@ -10,9 +10,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.tuner.conftest import make_config, stored_deltas
+from tests.tuner.conftest import make_config, randomise, stored_deltas
 from uoe_peft.moe import find_moe_blocks, unwrap
-from uoe_peft.tuner import UOEExpertsLayer, UOELayer
+from uoe_peft.tuner import UOEExpertsLayer, UOELayer, UOERouterLayer
 
 Logits = Callable[..., Tensor]
 
@@ -92,6 +92,38 @@ def test_an_adapter_is_put_where_it_is_told_whatever_its_base_is(qwen: PreTraine
         layer.get_base_layer().to("meta")
         layer._move_adapter_to_device_of_base_layer("default", torch.device("cpu"))
     assert {p.device.type for p in deltas(model).values()} == {"cpu"}
+
+
+def test_what_is_not_in_memory_yet_keeps_nothing_else_from_moving(qwen: PreTrainedModel) -> None:
+    model = get_peft_model(qwen, make_config(qwen))
+    layer = next(layer for layer in layers(model) if isinstance(layer, UOEExpertsLayer))
+    stored = layer.uoe_delta["default"]
+    (name, first), (_, second) = stored.items()
+    stored[name] = torch.nn.Parameter(torch.empty_like(first, device="meta"))
+    layer.get_base_layer().to(torch.float64)
+    layer._move_adapter_to_device_of_base_layer("default")
+    assert stored[name].is_meta
+    assert second.dtype == torch.float64
+
+
+def test_a_traced_router_says_what_the_router_says(
+    qwen: PreTrainedModel, input_ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a graph is traced it is called in another way, which must see the edited matrix, too."""
+    model = get_peft_model(qwen, make_config(qwen)).eval()
+    randomise(model)
+    router = next(layer for layer in layers(model) if isinstance(layer, UOERouterLayer))
+    states = torch.randn(7, 32)
+    plain = router.get_base_layer()(states)
+    expected = router(states)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for found, own, unedited in zip(router(states), expected, plain, strict=True):
+        torch.testing.assert_close(found, own)
+        if found.is_floating_point():
+            assert not torch.allclose(found, unedited)
+    with model.disable_adapter():
+        for found, unedited in zip(router(states), plain, strict=True):
+            assert torch.equal(found, unedited)
 
 
 def test_a_router_that_others_train_is_called_itself(qwen: PreTrainedModel, input_ids: Tensor) -> None:

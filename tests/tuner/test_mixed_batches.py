@@ -33,6 +33,15 @@ def test_rows_that_samples_do_not_divide_are_refused(shape: tuple[int, ...]) -> 
         _select(group, torch.ones(shape), torch.zeros(shape))
 
 
+def test_what_has_no_rows_is_the_batchs_own() -> None:
+    group, auxiliary = AppliedGroup(["default"], [False, True]), torch.tensor(0.3)
+    edited = (torch.ones(2, 5), None, torch.tensor(0.7))
+    scores, nothing, loss = _select(group, edited, (torch.zeros(2, 5), None, auxiliary))
+    assert scores.sum(dim=1).tolist() == [0.0, 5.0]
+    assert nothing is None
+    assert loss is auxiliary
+
+
 def test_a_model_makes_one_answer_of_a_sample_unless_it_is_told() -> None:
     model = torch.nn.Module()
     assert copies_per_sample(model, {}) == 1

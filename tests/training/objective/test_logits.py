@@ -52,6 +52,15 @@ def test_each_token_goes_through_the_head_once_and_few_at_a_time(states, weight,
     assert values.requires_grad == with_gradient
 
 
+def test_without_gradient_it_may_be_any_function(states, weight):
+    logits = AnswerLogits(states, lambda hidden: hidden @ weight.T, 4)
+    with torch.no_grad():
+        found = logits.per_token(lambda logits, tokens: logits.argmax(dim=-1))
+    assert torch.equal(found, (states @ weight.T).argmax(dim=-1))
+    frozen = AnswerLogits(states.detach(), lambda hidden: hidden @ weight.T, 4)
+    assert torch.equal(frozen.per_token(lambda logits, tokens: logits.argmax(dim=-1)), found)
+
+
 def test_differentiating_twice_is_refused_rather_than_wrong(states, weight):
     logits = AnswerLogits(states, lambda hidden: hidden @ weight.T, 4)
     values = logits.per_token(log_probs(torch.zeros(N, dtype=torch.long)))

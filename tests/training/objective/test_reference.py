@@ -125,6 +125,51 @@ def test_adapters_that_are_all_trained_are_all_off(two_requests, build):
     torch.testing.assert_close(found, forward_answers(build.model().eval(), BATCH).logits)
 
 
+def test_one_adapter_is_off_also_where_it_is_frozen(build):
+    """Then there is nothing else that the trained model could be compared with than the base."""
+    model = build.uoe(build.model())
+    edit(model)
+    model.requires_grad_(False)
+    for kind in ("current", "base"):
+        reference = Reference(model, kind=kind)
+        assert reference.adapters_left_on == []
+        torch.testing.assert_close(
+            reference.answers(model, BATCH).logits, forward_answers(build.model().eval(), BATCH).logits
+        )
+
+
+def test_a_model_without_adapters_has_none_left_on(model):
+    assert Reference(model).adapters_left_on == []
+
+
+def test_an_adapter_that_is_trained_in_part_counts_as_trained(two_requests):
+    model, _ = two_requests
+    assert Reference(model).adapters_left_on == ["default"]
+    next(p for name, p in model.named_parameters() if ".default." in name).requires_grad_(True)
+    assert Reference(model).adapters_left_on == []
+
+
+def test_words_count_by_their_letters(two_requests, build):
+    """A word from a file is another object than the one in the code."""
+    model, _ = two_requests
+    assert Reference(model, kind="".join(["ba", "se"])).adapters_left_on == []
+    (first, second) = Reference(build.model()).compute("".join(["n", "ll"]), BATCH)
+    assert first.shape == second.shape == (1,)
+
+
+def test_adapters_that_stay_on_are_not_trainable_meanwhile(two_requests):
+    model, _ = two_requests
+    with Reference(model).base_model():
+        assert not any(p.requires_grad for name, p in model.named_parameters() if ".default." in name)
+
+
+def test_a_large_batch_is_looked_up_as_a_small_one(model):
+    reference, ids = Reference(model), torch.arange(300)
+    batch = {"id": ids, "labels": ids}
+    reference.remember("nll", {int(i): torch.tensor([i / 7]) for i in ids})
+    torch.testing.assert_close(reference.nll(model, batch), ids / 7)  # nothing else of the batch is needed
+
+
 def test_both_come_back_after_an_error(two_requests):
     model, _ = two_requests
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
