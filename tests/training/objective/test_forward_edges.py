@@ -53,6 +53,7 @@ def test_logits_are_made_only_where_answers_are_predicted(model, asked, monkeypa
     monkeypatch.setattr(forward, "_accepts_logits_to_keep", lambda _: False)
     torch.testing.assert_close(forward_answers(model, BATCH).logits, expected)
     assert "logits_to_keep" not in asked[1]
+    assert asked[1]["use_cache"] is False
 
 
 @pytest.mark.parametrize(

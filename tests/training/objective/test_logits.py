@@ -61,6 +61,20 @@ def test_without_gradient_it_may_be_any_function(states, weight):
     assert torch.equal(frozen.per_token(lambda logits, tokens: logits.argmax(dim=-1)), found)
 
 
+def test_logits_that_are_there_or_are_few_are_handed_over_at_once(states, weight):
+    head, parts = (lambda hidden: hidden @ weight.T), []
+
+    def squares(logits, tokens):
+        parts.append(tokens)
+        return logits.square().sum(dim=-1)
+
+    found = [logits.per_token(squares) for logits in (AnswerLogits(states, head), AnswerLogits(head(states), None, 4))]
+    assert parts == [slice(None)] * 2
+    (slope,) = torch.autograd.grad(found[0].sum(), states, create_graph=True)
+    assert torch.autograd.grad(slope.sum(), states)[0].any()
+    assert AnswerLogits(states) != AnswerLogits(states)  # each is its own: values are not compared
+
+
 def test_differentiating_twice_is_refused_rather_than_wrong(states, weight):
     logits = AnswerLogits(states, lambda hidden: hidden @ weight.T, 4)
     values = logits.per_token(log_probs(torch.zeros(N, dtype=torch.long)))

@@ -145,8 +145,13 @@ def test_a_model_without_adapters_has_none_left_on(model):
 def test_an_adapter_that_is_trained_in_part_counts_as_trained(two_requests):
     model, _ = two_requests
     assert Reference(model).adapters_left_on == ["default"]
+    model.add_adapter("third", UOEConfig(target_experts=[(1, 5)]))
+    model.base_model.set_adapter(["default", "second", "third"])
+    for name in ("default", "second"):
+        model.set_requires_grad(name, False)
+    assert Reference(model).adapters_left_on == ["default", "second"]
     next(p for name, p in model.named_parameters() if ".default." in name).requires_grad_(True)
-    assert Reference(model).adapters_left_on == []
+    assert Reference(model).adapters_left_on == ["second"]
 
 
 def test_words_count_by_their_letters(two_requests, build):
