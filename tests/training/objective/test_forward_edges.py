@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from uoe_peft.data import collate
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.training.objective import forward
 from uoe_peft.training.objective.forward import decoder_layer, forward_answers, head_is_exact, layer_output
+from uoe_peft.training.objective.reference import Reference
 
 V = 97
 EPS = torch.finfo(torch.float32).eps
@@ -169,3 +172,25 @@ def test_the_trial_takes_the_first_eight_answer_tokens(model, lengths, tried):
     model.lm_head.register_forward_hook(lambda head, args, output: heads.append(output.shape[:-1].numel()))
     assert head_is_exact(model, collate(rows, pad_token_id=0))
     assert heads[-1] == tried
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (forward_answers, ["hidden_layer", "last_layer", "logits_at_once"]),
+        (Reference.precompute, ["need"]),
+    ],
+)
+def test_what_says_how_is_passed_by_name(function, names):
+    parameters = inspect.signature(function).parameters
+    assert [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY] == names
+    assert not any(p.kind is p.POSITIONAL_ONLY for p in parameters.values())
+
+
+def test_logits_are_not_exchanged_for_others(model):
+    outputs = forward_answers(model, BATCH)
+    with pytest.raises(FrozenInstanceError):
+        outputs.predictions.head = None
+    with pytest.raises(FrozenInstanceError):
+        outputs.rows = outputs.targets
+    assert outputs != forward_answers(model, BATCH)  # each is its own: values are not compared
