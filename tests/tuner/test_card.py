@@ -74,6 +74,15 @@ def test_a_rank_is_said_of_low_rank_deltas_alone(tmp_path: Path) -> None:
     assert "- routers of these layers: unchanged\n" in (tmp_path / "README.md").read_text()
 
 
+def test_a_choice_that_was_read_from_a_file_is_the_same_choice(tmp_path: Path) -> None:
+    write_card(tmp_path, {"default": UOEConfig(target_experts="".join("auto"))})
+    text = (tmp_path / "README.md").read_text()
+    assert "not chosen yet" in text
+    assert "chosen by attribution" not in text
+    write_card(tmp_path, {"default": UOEConfig(target_experts=[(2, 1)])})
+    assert "chosen by attribution" not in (tmp_path / "README.md").read_text()
+
+
 def test_a_picture_is_shown_where_there_is_one(tmp_path: Path) -> None:
     configs = {"default": UOEConfig(target_experts=[(2, 1)])}
     write_card(tmp_path, configs)

@@ -22,7 +22,20 @@ def test_pairs_and_mappings_mean_the_same() -> None:
 
 def test_a_choice_need_not_be_the_codes_own_string() -> None:
     assert UOEConfig(target_experts="".join("auto")).target_experts == "auto"
-    assert UOEConfig(target_experts=[(0, 1)], init_weights="".join("zero_expert")).init_weights == "zero_expert"
+    silent = UOEConfig(target_experts=[(0, 1)], init_weights="".join("zero_expert"), delta_type="".join("full"))
+    assert (silent.init_weights, silent.delta_type) == ("zero_expert", "full")
+
+
+def test_defaults_are_those_of_the_method() -> None:
+    config = UOEConfig(target_experts=[(0, 1)])
+    assert (config.delta_type, config.router_delta_type, config.train_router) == ("full", "full", True)
+    assert (config.r, config.uoe_alpha, config.use_rslora) == (16, 32, False)
+    assert (config.init_weights, config.strength, config.target_projections) == (True, 1.0, None)
+
+
+def test_the_least_that_is_allowed_is_taken() -> None:
+    config = UOEConfig(target_experts=[(0, 0)], r=1, strength=0)
+    assert (config.target_experts, config.r, config.strength) == ([(0, 0)], 1, 0.0)
 
 
 def test_round_trip_through_json_keeps_every_field(tmp_path: Path) -> None:
@@ -106,6 +119,7 @@ def test_configs_of_version_0_1_0_load(tmp_path: Path, loader: type[PeftConfig])
         ({"delta_type": "sparse"}, r"delta_type must be one of .*low_rank.*'sparse'"),
         ({"router_delta_type": "none"}, "router_delta_type must be one of"),
         ({"init_weights": "gaussian"}, "zero_expert"),
+        ({"init_weights": "zzz"}, "zero_expert"),
         ({"init_weights": "zero_expert", "delta_type": "low_rank"}, 'delta_type="full"'),
         ({"target_projections": []}, "target_projections must be a non-empty list"),
         ({"r": 0}, "r must be an integer >= 1"),

@@ -106,6 +106,14 @@ def test_what_is_not_in_memory_yet_keeps_nothing_else_from_moving(qwen: PreTrain
     assert second.dtype == torch.float64
 
 
+def test_a_routers_shape_is_that_of_its_plain_matrix(qwen: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantised matrix is stored in another shape than it has."""
+    layer = next(x for x in layers(get_peft_model(qwen, make_config(qwen))) if isinstance(x, UOERouterLayer))
+    assert layer.slice_shape("gate", 0) == (6, 32)
+    monkeypatch.setattr(layer, "base_slice", lambda projection, index: torch.empty(3, 5))
+    assert layer.slice_shape("gate", 0) == (3, 5)
+
+
 def test_a_traced_router_says_what_the_router_says(
     qwen: PreTrainedModel, input_ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,10 @@ def shortened(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**state, delta_of(state): state[delta_of(state)][:, :-1].contiguous()}
 
 
+def lengthened(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**state, delta_of(state): torch.cat([state[delta_of(state)]] * 2, dim=1)}
+
+
 def without_delta(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name != delta_of(state)}
 
@@ -52,6 +56,7 @@ BAD = [
     (with_base_experts, r"unexpected \['.*base_layer.down_proj'\]"),
     (with_nan, r"NaN or infinite in \['.*uoe_delta.*down_proj'\]"),
     (shortened, r"size mismatch for .*down_proj"),
+    (lengthened, r"size mismatch for .*down_proj"),
     (without_delta, r"missing \['.*down_proj'\]"),
 ]
 

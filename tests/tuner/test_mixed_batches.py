@@ -33,6 +33,16 @@ def test_rows_that_samples_do_not_divide_are_refused(shape: tuple[int, ...]) -> 
         _select(group, torch.ones(shape), torch.zeros(shape))
 
 
+def test_samples_are_told_by_the_letters_of_their_adapters_names(qwen: PreTrainedModel, logits: Logits) -> None:
+    model = get_peft_model(qwen, make_config(qwen)).eval()
+    randomise(model)
+    names = ["".join("default"), "__base__", "".join("default")]
+    mixed, edited = logits(model, adapter_names=names), logits(model)
+    torch.testing.assert_close(mixed[[0, 2]], edited[[0, 2]])
+    with model.disable_adapter():
+        torch.testing.assert_close(mixed[1], logits(model)[1])
+
+
 def test_what_has_no_rows_is_the_batchs_own() -> None:
     group, auxiliary = AppliedGroup(["default"], [False, True]), torch.tensor(0.3)
     edited = (torch.ones(2, 5), None, torch.tensor(0.7))
