@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import Qwen2MoeForCausalLM
 
 from uoe_peft.evaluation import calibrate_scale
+from uoe_peft.tuner import UOEConfig
 
 
 def score_of(
@@ -35,6 +38,15 @@ def test_the_greatest_scale_that_keeps_its_share(scrambled: PeftModel) -> None:
         assert point["forget_rouge_l_recall"] == pytest.approx(1 - point["scale"])
     layer = next(module for module in scrambled.modules() if isinstance(getattr(module, "scaling", None), dict))
     assert layer.scaling == {"default": START}
+
+
+def test_an_adapter_of_this_package_is_tried_at_every_scale_anew(taught_model: Qwen2MoeForCausalLM) -> None:
+    model = get_peft_model(deepcopy(taught_model), UOEConfig(target_experts=[(1, 2)], strength=START))
+    found = calibrate_scale(model, score_of(lambda s: 1 - s, lambda s: 0.8 - 0.4 * s), retain_share=0.75)
+    assert found.scale == pytest.approx(0.5)
+    assert len(found.curve) > 3
+    for point in found.curve:
+        assert point["forget_rouge_l_recall"] == pytest.approx(1 - point["scale"])
 
 
 def test_the_least_scale_that_forgets_enough(scrambled: PeftModel) -> None:

@@ -53,6 +53,26 @@ def test_a_scaled_adapter_is_one_with_smaller_weights(
         assert torch.equal(model(IDS).logits, before)
 
 
+@pytest.mark.parametrize("kind", ["lora", "uoe"])
+def test_scales_do_not_depend_on_those_before_them(
+    kind: str, taught_model: Qwen2MoeForCausalLM, scrambled: PeftModel
+) -> None:
+    model = uoe(taught_model) if kind == "uoe" else scrambled
+    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "scaling", None), dict)]
+    with torch.no_grad():
+        logits = model(IDS).logits
+        for factor in (0.0, 0.5, 0.25, 1.0, 2.0):
+            own = [dict(layer.scaling) for layer in layers]
+            with scaled(model, factor):
+                assert [layer.scaling["default"] for layer in layers] == [factor * o["default"] for o in own]
+                with scaled(model, 0.5):  # of what is there
+                    assert [layer.scaling["default"] for layer in layers] == [factor * 0.5 * o["default"] for o in own]
+        assert torch.equal(model(IDS).logits, logits)
+    if kind == "uoe":  # nor do those that are set afterwards
+        model.base_model.set_strength(0.5)
+        assert {layer.scaling["default"] for layer in layers} == {0.5}
+
+
 def test_the_scale_comes_back_after_an_error(taught_model: Qwen2MoeForCausalLM) -> None:
     model = uoe(taught_model)
     with torch.no_grad():
