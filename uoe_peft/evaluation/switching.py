@@ -66,7 +66,7 @@ def scaled(model: nn.Module, factor: float) -> Iterator[None]:
         # Not by the layers' own `scale_layer`: a layer may remember what it was multiplied by beside the product.
         for layer in layers if factor != 1 else ():
             scaling: dict[str, float] = layer.scaling  # type: ignore[assignment]
-            scaling.update({name: scaling[name] * factor for name in layer.active_adapters if name in scaling})  # type: ignore[union-attr, operator]
+            scaling.update({name: scaling[name] * factor for name in layer.active_adapters if name in scaling})  # type: ignore[union-attr]
         yield
     finally:
         # Dividing by the factor would round, and cannot undo 0.
