@@ -21,7 +21,7 @@ from uoe_peft.streaming.opening import make_skeleton, without_weights
 from uoe_peft.streaming.quantisation import find_dequantizer, plain_headers, without_quantisation
 from uoe_peft.streaming.reader import PartReader
 from uoe_peft.streaming.residence import Residence
-from uoe_peft.streaming.states import States
+from uoe_peft.streaming.states import States, own_folder
 
 T = TypeVar("T")
 
@@ -66,7 +66,8 @@ class StreamedModel(nn.Module):
             dtype: What is computed in; "auto" for what the checkpoint names. CPUs without bfloat16 arithmetic want
                 "float32".
             revision: On the Hub.
-            state_dir: Folder for hidden states, from which a run that was stopped goes on; None: none is kept.
+            state_dir: Folder for hidden states, from which a run that was stopped goes on; None: none is kept. Of
+                several processes each has a folder of its own in it.
             state_memory: Bytes of hidden states in memory; beyond them temporary files are used.
             show_progress: Whether to show a bar of layers where many passes are run.
             trust_remote_code: As in transformers.
@@ -139,7 +140,8 @@ class StreamedModel(nn.Module):
         self._check_memory(sweeps.num_tokens)
         # What an adapter computes is no part of the key.
         is_wrapped = any("base_layer" in module._modules for module in self.modules())
-        states = States(limit=self._state_memory // 2, folder=None if is_wrapped else self._state_dir, key=key)
+        folder = None if is_wrapped or self._state_dir is None else own_folder(self._state_dir)
+        states = States(limit=self._state_memory // 2, folder=folder, key=key)
         try:
             yield from sweeps.run(states, show_progress=self.show_progress)
             states.remove()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from uoe_peft.moe.segments import LayerState
@@ -146,6 +147,12 @@ class States:
         if self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="uoe-states-", ignore_cleanup_errors=True)
         return Path(self._temporary.name)
+
+
+def own_folder(folder: Path) -> Path:
+    """Where this one of a group of processes keeps its states: each has passes of its own."""
+    is_group = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return folder / f"rank-{dist.get_rank()}" if is_group else folder
 
 
 def num_bytes(state: Any) -> int:
