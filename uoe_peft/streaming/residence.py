@@ -169,9 +169,9 @@ class Residence:
         return self._thread.submit(self._read_part, key).result()
 
     def _fits(self, key: PartKey) -> bool:
-        """Whether there is memory to read a part; experts that are stacked are there twice."""
+        """Whether there is memory to read a part."""
         there = available_memory()
-        return there is None or 4 * self._read_bytes(key) // 3 <= there
+        return there is None or self._reader.peak_bytes({slot.name for slot in self._slots[key]}) <= there
 
     def _read_bytes(self, key: PartKey) -> int:
         return self._reader.num_bytes({slot.name for slot in self._slots[key]})
