@@ -1,8 +1,8 @@
 """The method on a checkpoint of a published model's true sizes, read layer by layer: memory and time of each stage.
 
 Usage: `python -m benchmarks.streaming [--model qwen1.5-moe] [--layers 24] [--tokens 10000] [--steps 50]
-[--folder FOLDER]` (from the repository's root; 24 layers of Qwen1.5-MoE-A2.7B take 29 GB of disk, which are removed
-afterwards).
+[--dtype float32] [--folder FOLDER]` (from the repository's root; 24 layers of Qwen1.5-MoE-A2.7B take 29 GB of disk,
+which are removed afterwards).
 
 Weights are random: what they say means nothing, what they cost does. With fewer layers the line "per layer" says what
 each of them adds. The bound is the larger of two times: reading the file once at the disk's speed, and the
@@ -127,14 +127,18 @@ def read_speed(folder: Path) -> float:
     return path.stat().st_size / (time.perf_counter() - start)
 
 
-def matmul_speed() -> tuple[float, float]:
-    """Multiplications and additions in float32 per second, and per second of the processor, at an expert's sizes."""
-    left, right = torch.randn(64, 2048), torch.randn(2048, 2816)
-    left @ right
+def matmul_speed(model: PreTrainedConfig, dtype: str, *, num_tokens: int) -> tuple[float, float]:
+    """Multiplications and additions per second, and per second of the processor, at the sizes of a batch's experts."""
+    text: Any = model
+    rows = num_tokens * text.num_experts_per_tok // text.num_experts
+    left = torch.randn(rows, text.hidden_size, dtype=getattr(torch, dtype))
+    # Several experts, as in a layer: one alone would stay in the processor's cache.
+    experts = torch.randn(8, text.hidden_size, 2 * text.moe_intermediate_size, dtype=left.dtype)
+    left @ experts[0]
     start, cpu = time.perf_counter(), time.process_time()
-    for _ in range(100):
-        left @ right
-    done = 100 * 2 * left.numel() * right.shape[1]
+    for index in range(96):
+        left @ experts[index % len(experts)]
+    done = 96 * 2 * left.numel() * experts.shape[2]
     return done / (time.perf_counter() - start), done / (time.process_time() - cpu)
 
 
@@ -194,7 +198,7 @@ def stages(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             return stage()
 
     def opened() -> Any:
-        return StreamedModel.from_pretrained(folder, dtype="float32", show_progress=options.progress)
+        return StreamedModel.from_pretrained(folder, dtype=options.dtype, show_progress=options.progress)
 
     model = run("open", opened)
     attribution = run("attribute", partial(attribute_experts, model, forget, processing_class=tokenizer, **reading))
@@ -250,6 +254,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rows", type=int, default=200, help="of each set that training reads")
     parser.add_argument("--length", type=int, default=128, help="of a row, in tokens")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="that is computed in")
     parser.add_argument("--progress", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     options = parser.parse_args()
@@ -259,7 +264,8 @@ def main() -> None:
         with measured({}, "write", above=resident_bytes()):
             size = write(folder, model)
         work = 2 * active_parameters(model) * options.layers * options.tokens
-        disk, (speed, cpu_speed) = read_speed(folder), matmul_speed()
+        speed, cpu_speed = matmul_speed(model, options.dtype, num_tokens=8 * options.length)
+        disk = read_speed(folder)
         bounds = {"read_s": size / disk, "multiply_s": work / speed, "multiply_cpu_s": work / cpu_speed}
         print({"gigabytes": size / 1e9, "disk_gb_s": disk / 1e9, "matmul_gflops": speed / 1e9, **bounds}, flush=True)
         found = stages(folder, options)

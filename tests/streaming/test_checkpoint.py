@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,23 @@ def test_memory_is_what_the_system_and_the_container_leave(monkeypatch: pytest.M
     assert available_memory() == 1_000_000
     told["/sys/fs/cgroup/memory.max"] = "max"
     assert available_memory() == 3000 * 1024
+
+
+def test_a_shard_that_is_written_anew_while_it_is_streamed(checkpoint: Path, opened: Open) -> None:
+    model = opened()
+    model.keep_layers([0])
+    found = shards(checkpoint)
+    for change in (lambda path: path.write_bytes(path.read_bytes()[:-10]), Path.unlink):
+        for path in found:
+            change(path)
+        with pytest.raises(ValueError, match=r"is not the file that it was when the checkpoint was opened"):
+            model.keep_layers([2])
+
+
+def test_a_shard_of_the_same_size_that_is_written_anew(checkpoint: Path, opened: Open) -> None:
+    model = opened()
+    for path in shards(checkpoint):
+        save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+        os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match=r"is not the file that it was when the checkpoint was opened"):
+        model.keep_layers([2])

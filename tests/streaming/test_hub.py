@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from uoe_peft.moe.passes import run_passes
 from uoe_peft.streaming import StreamedModel
 from uoe_peft.streaming import checkpoint as reading
+from uoe_peft.streaming.reader import PartReader
 
 NAME = "someone/some-moe"
 INDEX = "model.safetensors.index.json"
@@ -87,8 +90,8 @@ def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fa
     return fake
 
 
-def opened() -> Any:
-    return StreamedModel.from_pretrained(NAME, show_progress=False)
+def opened(**options: Any) -> Any:
+    return StreamedModel.from_pretrained(NAME, show_progress=False, **options)
 
 
 @torch.no_grad()
@@ -121,3 +124,23 @@ def test_layers_that_the_model_does_not_have_are_not_downloaded(hub: FakeHub) ->
     save_file(extra, hub.remote / "extra.safetensors", metadata={"format": "pt"})
     opened().keep_layers([0, 1, 2])
     assert "extra" not in hub.downloaded
+
+
+def test_a_run_that_was_stopped_while_shards_were_downloaded_goes_on(
+    hub: FakeHub, resident: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(2, 14).view(2, 6)
+
+    def swept(model: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return [output.logits for output, _ in run_passes(model, [partial(model, input_ids=ids)])]
+
+    model = opened(state_dir=tmp_path / "states")
+    model.model.layers[2].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        swept(model)
+    reads, read = [], PartReader.read
+    monkeypatch.setattr(PartReader, "read", lambda self, belongs: reads.extend(found := read(self, belongs)) or found)
+    (found,) = swept(opened(state_dir=tmp_path / "states"))
+    assert torch.equal(found, resident(input_ids=ids).logits)
+    assert {int(name.split(".")[2]) for name in reads if ".layers." in name} == {2}

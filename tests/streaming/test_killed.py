@@ -61,3 +61,35 @@ def test_killed_and_started_again(
     assert reads == list(range(goes_on_at, 3))
     assert torch.equal(again.affinity, killed_run.attribute(resident).affinity)
     assert list(states.iterdir()) == []
+
+
+# The small rest is read when a model is opened, then the embedding, then one layer after the other.
+_EVERYWHERE = [("attribute", ("read", number)) for number in (3, 4, 5)]
+_LATER = [("moments", ("read", 4)), ("solve", ("read", 6)), ("solve", ("read", 12))]
+_TRAINING = [("train", ("read", 4)), ("train", ("step", 1)), ("train", ("step", 3))]
+
+
+@pytest.mark.parametrize(("stage", "dies_in"), [*_EVERYWHERE, *_LATER, *_TRAINING])
+@pytest.mark.filterwarnings("ignore::uoe_peft.attribution.AttributionWarning")
+@pytest.mark.filterwarnings("ignore:fewer tokens of the .* set reach:UserWarning")
+def test_every_stage_ends_in_the_same_bits(
+    stage: str,
+    dies_in: tuple[str, int],
+    processes: ForkServerContext,
+    checkpoint: Path,
+    opened: Open,
+    resident: PreTrainedModel,
+    tmp_path: Path,
+) -> None:
+    work = tmp_path / "work"
+    process = processes.Process(target=killed_run.run_stage, args=(stage, str(checkpoint), str(work), dies_in))
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode == -signal.SIGKILL
+    # As an earlier process left it: this one goes on, and the model in memory has never stopped.
+    found = killed_run.STAGES[stage](opened(state_dir=work / "states"), work / "output")
+    expected = killed_run.STAGES[stage](resident, tmp_path / "resident")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert any(value.any() for value in found.values())
+    assert list((work / "states").glob("*")) == []

@@ -1,4 +1,4 @@
-"""The whole method on twenty families: streamed and resident, every bit of what it finds is the same."""
+"""The whole method on more than twenty families: streamed and resident, every bit of what it finds is the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.streaming.conftest import SaveFamily
 from tests.training.conftest import make_args, make_sets
-from uoe_peft import UOEConfig, attribute_experts
+from uoe_peft import ExpertAttribution, UOEConfig, attribute_experts
 from uoe_peft.attribution.sampling import sample_batches
 from uoe_peft.moments import measure_moments
 from uoe_peft.streaming import StreamedModel
@@ -48,17 +48,24 @@ pytestmark = [
 ]
 
 
+def attributed(model: Any, sets: tuple[Dataset, Dataset], tokenizer: Any) -> ExpertAttribution:
+    """What attribution finds."""
+    return attribute_experts(model, sets[0], processing_class=tokenizer, batch_size=4, show_progress=False)
+
+
 def moments(model: Any, rows: Dataset, tokenizer: Any, target: tuple[int, int]) -> dict[str, Tensor]:
     batches = sample_batches(rows, tokenizer, max_tokens=300, batch_size=4, max_length=None, seed=0, name="retain")
     measured = measure_moments(model, batches, [target], strict=False)
     return {str(name): own.second for name, own in measured.slices.items()}
 
 
-def adapter(model: Any, sets: tuple[Dataset, Dataset], tokenizer: Any, target: tuple[int, int]) -> dict[str, Tensor]:
+def adapter(
+    model: Any, sets: tuple[Dataset, Dataset], tokenizer: Any, target: tuple[int, int], folder: str
+) -> dict[str, Tensor]:
     """What two steps of RMU make of an adapter."""
     trainer = UnlearningTrainer(
         model=model,
-        args=make_args(output_dir="unused", max_steps=2, forget_loss="rmu", retain_loss="embed_diff"),
+        args=make_args(output_dir=folder, max_steps=2, forget_loss="rmu", retain_loss="embed_diff"),
         train_dataset=sets[0],
         retain_dataset=sets[1],
         processing_class=tokenizer,
@@ -70,23 +77,19 @@ def adapter(model: Any, sets: tuple[Dataset, Dataset], tokenizer: Any, target: t
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_affinities_moments_and_the_trained_adapter(
-    family: str, saved_family: SaveFamily, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, saved_family: SaveFamily, tokenizer: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     folder, resident = saved_family(family)
     streamed: Any = StreamedModel.from_pretrained(folder, show_progress=False)
     sets = make_sets()
-    expected, found = (
-        attribute_experts(model, sets[0], processing_class=tokenizer, batch_size=4, show_progress=False)
-        for model in (resident, streamed)
-    )
+    expected, found = (attributed(model, sets, tokenizer) for model in (resident, streamed))
     assert torch.equal(found.affinity, expected.affinity)
     (target,) = expected.top(1)
     pairs = [
         (measure(resident), measure(streamed))
         for measure in (
             lambda model: moments(model, sets[1], tokenizer, target),
-            lambda model: adapter(model, sets, tokenizer, target),
+            lambda model: adapter(model, sets, tokenizer, target, str(tmp_path)),
         )
     ]
     for whole, read in pairs:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.streaming.conftest import Open, SaveFamily
 from uoe_peft.errors import UnsupportedModelError
@@ -47,7 +47,23 @@ def in_blocks(scales: Tensor, shape: torch.Size) -> Tensor:
     return scales.repeat_interleave(BLOCK[0], dim=0).repeat_interleave(BLOCK[1], dim=1)[: shape[0], : shape[1]]
 
 
-def test_fp8_in_blocks_some_of_which_are_cut(saved_family: SaveFamily, tmp_path: Path) -> None:
+def powers_of_two(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Scales of eight bits, as bytes and as what they stand for: `2 ** (byte - 127)`."""
+    exponents = torch.randint(118, 132, grid, dtype=torch.uint8)
+    return exponents, 2.0 ** (exponents.float() - 127)
+
+
+def stored_scales(form: str, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Scales as a file holds them, and what weights are multiplied with."""
+    if form == "float32":
+        scales = torch.rand(grid) + 0.5
+        return scales, scales
+    exponents, scales = powers_of_two(grid)
+    return exponents.view(torch.float8_e8m0fnu) if form == "e8m0" else exponents, scales
+
+
+@pytest.mark.parametrize("form", ["float32", "e8m0", "bytes"])
+def test_fp8_in_blocks_some_of_which_are_cut(form: str, saved_family: SaveFamily, tmp_path: Path) -> None:
     folder, _ = saved_family("deepseek_v3")
     tensors, plain = load_file(folder / "model.safetensors"), {}
     stored: dict[str, Tensor] = {}
@@ -55,17 +71,45 @@ def test_fp8_in_blocks_some_of_which_are_cut(saved_family: SaveFamily, tmp_path:
         plain[name] = stored[name] = weight
         if "_proj" in name and weight.dim() == 2:
             grid = (-(-weight.shape[0] // BLOCK[0]), -(-weight.shape[1] // BLOCK[1]))
-            scales = torch.rand(grid) + 0.5
             stored[name] = weight.to(torch.float8_e4m3fn)
-            stored[f"{name}_scale_inv"] = scales
+            stored[f"{name}_scale_inv"], scales = stored_scales(form, grid)
             plain[name] = stored[name].float() * in_blocks(scales, weight.shape)
     assert any("experts.5" in name for name in stored if name.endswith("scale_inv"))
     for made, path in ((stored, folder), (plain, tmp_path / "plain")):
         path.mkdir(exist_ok=True)
         save_file(made, path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "plain" / "config.json").write_text((folder / "config.json").read_text())
-    say_quantised(folder, FP8)
+    say_quantised(folder, FP8 if form == "float32" else {**FP8, "scale_fmt": "ue8m0"})
     assert_same_model(folder, tmp_path / "plain")
+
+
+def test_experts_in_four_bits_among_weights_in_eight(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 48, "vocab_size": 50, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = Qwen3MoeConfig(**sizes, **heads, num_experts=5, num_experts_per_tok=2)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "stored")
+    plain = load_file(tmp_path / "stored" / "model.safetensors")
+    stored: dict[str, Tensor] = {}
+    for name, weight in plain.items():
+        stored[name] = weight
+        rows, columns = weight.shape if weight.dim() == 2 else (0, 0)
+        if ".experts." in name:
+            codes = torch.randint(256, (rows, columns // 2), dtype=torch.uint8)
+            exponents, scales = powers_of_two((rows, columns // 32))
+            numbers = torch.stack([FP4[(codes % 16).long()], FP4[(codes // 16).long()]], dim=-1).flatten(-2)
+            plain[name] = numbers * scales.repeat_interleave(32, dim=1)
+            stored |= {name: codes.view(torch.int8), f"{name}_scale_inv": exponents.view(torch.float8_e8m0fnu)}
+        elif "_proj" in name:
+            grid = (-(-rows // BLOCK[0]), -(-columns // BLOCK[1]))
+            stored[name] = weight.to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"], scales = stored_scales("e8m0", grid)
+            plain[name] = stored[name].float() * in_blocks(scales, weight.shape)
+    for made, path in ((stored, tmp_path / "stored"), (plain, tmp_path / "plain")):
+        path.mkdir(exist_ok=True)
+        save_file(made, path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "plain" / "config.json").write_text((tmp_path / "stored" / "config.json").read_text())
+    say_quantised(tmp_path / "stored", {**FP8, "scale_fmt": "ue8m0", "expert_dtype": "fp4"})
+    assert_same_model(tmp_path / "stored", tmp_path / "plain")
 
 
 def test_mxfp4(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -169,3 +171,87 @@ def test_errors_of_a_pass_are_the_callers(opened: Open, resident: PreTrainedMode
 
 def test_no_passes(opened: Open) -> None:
     assert list(run_passes(opened(), [])) == []
+
+
+def stopped(model: Any, ids: list[Tensor]) -> None:
+    """Passes that end in the middle of the last layer."""
+    calls = []
+
+    def stop(*_: Any) -> None:
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[2].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        swept(model, ids)
+    handle.remove()
+
+
+def test_states_of_a_checkpoint_that_was_changed_since_are_not_taken(
+    checkpoint: Path, opened: Open, tmp_path: Path
+) -> None:
+    stopped(opened(state_dir=tmp_path / "states"), batches())
+    for path in checkpoint.glob("*.safetensors"):
+        save_file({name: 1.5 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    changed = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32")
+    found = swept(opened(state_dir=tmp_path / "states"), batches())
+    assert all(map(torch.equal, found, [logits(changed, batch) for batch in batches()]))
+
+
+@pytest.mark.parametrize("setting", [("num_experts_per_tok", 1), ("rms_norm_eps", 0.5)])
+def test_states_of_another_configuration_are_not_taken(
+    setting: tuple[str, float], checkpoint: Path, opened: Open, tmp_path: Path
+) -> None:
+    stopped(opened(state_dir=tmp_path / "states"), batches())
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, setting[0]: setting[1]}))
+    changed = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32")
+    found = swept(opened(state_dir=tmp_path / "states"), batches())
+    assert all(map(torch.equal, found, [logits(changed, batch) for batch in batches()]))
+
+
+def test_a_state_that_has_gone_or_is_cut_off_is_named(opened: Open, tmp_path: Path) -> None:
+    stopped(opened(state_dir=tmp_path / "states"), batches())
+    last = tmp_path / "states" / "layer-1" / "3.pt"
+    for change in (lambda: last.write_bytes(last.read_bytes()[:-50]), lambda: last.write_bytes(b""), last.unlink):
+        change()
+        with pytest.raises(ValueError, match=r"layer-1/3.pt cannot be read .* remove its state_dir to begin anew"):
+            swept(opened(state_dir=tmp_path / "states"), batches())
+
+
+def test_a_folder_that_cannot_be_written_is_said_when_the_model_is_opened(
+    opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "states"):
+        with pytest.raises(ValueError, match=r"state_dir .*file.* cannot be written .* name another folder, or none"):
+            opened(state_dir=folder)
+
+    def read_only(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    with pytest.raises(ValueError, match=r"cannot be written \(\[Errno 13\] Permission denied"):
+        opened(state_dir=tmp_path)
+
+
+def test_a_layer_that_came_in_by_half_is_none(
+    opened: Open, resident: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, put, calls = opened(), residence._Slot.put, []
+
+    def fails_once(self: Any, value: Tensor) -> None:
+        calls.append(self.name)
+        if len(calls) == 4:
+            raise MemoryError
+        put(self, value)
+
+    monkeypatch.setattr(residence._Slot, "put", fails_once)
+    with pytest.raises(MemoryError):
+        model.keep_layers([1])
+    assert all(parameter.is_meta for parameter in model.model.layers[1].parameters())
+    model.keep_layers([1])
+    expected = dict(resident.model.layers[1].named_parameters())
+    for name, parameter in model.model.layers[1].named_parameters():
+        assert torch.equal(parameter, expected[name])

@@ -17,6 +17,7 @@ from uoe_peft.attribution.expert_use import input_device, progress_bar
 from uoe_peft.attribution.sampling import SampleBatches
 from uoe_peft.attribution.streaming import SequenceMean
 from uoe_peft.data import IGNORE_INDEX, Batch
+from uoe_peft.data.shares import Share
 from uoe_peft.moe.blocks import MoEBlock
 from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.interventions import silence_expert
@@ -38,7 +39,7 @@ def measure_loss_rise(
     """Rise of each sequence's loss when one candidate expert contributes zero, averaged over sequences.
 
     The loss is the mean negative log-likelihood of the sequence's answer tokens, in nats. Costs N + 1 whole forward
-    passes over the set, LM head included.
+    passes over the set, LM head included. Processes that each have the whole model share the batches out.
 
     Args:
         model: A causal language model with routed experts.
@@ -55,16 +56,22 @@ def measure_loss_rise(
     Raises:
         ValueError: The model has no LM head; a loss is NaN or infinite.
         UnsupportedModelError: The model has no routed experts.
+        RuntimeError: Another process has failed.
     """
     blocks = {block.layer_idx: block for block in select_blocks(model)}
     rise = SequenceMean((len(candidates),), num_resamples=num_resamples, seed=seed)
-    num_tokens = batches.num_tokens * (len(candidates) + 1)
+    share = Share.of(model)
+    own = batches.part(share)
+    num_tokens = own.num_tokens * (len(candidates) + 1)
     with (
+        share.failing_together(),
         evaluation_mode(model),
         progress_bar(num_tokens, f"Silencing experts on {name} set", show=show_progress) as bar,
     ):
-        for batch in batches:
+        for index, batch in enumerate(own):
+            rise.leave_out(share.left_out_before(index), batches.batch_size)
             rise.add(_rises(model, batch, blocks, candidates, bar))
+    rise.put_together(share)
     return rise
 
 

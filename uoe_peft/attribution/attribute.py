@@ -19,6 +19,7 @@ from uoe_peft.attribution.gradient import gradient_affinity
 from uoe_peft.attribution.sampling import SampleBatches, sample_batches
 from uoe_peft.attribution.scores import Gate, Score, contrast, random_affinity
 from uoe_peft.attribution.summary import warn_if_doubtful
+from uoe_peft.data.shares import Share
 from uoe_peft.data.tokenization import ProcessingClass
 from uoe_peft.moe.passes import find_streamed
 from uoe_peft.moe.routing import select_blocks
@@ -49,6 +50,9 @@ def attribute_experts(
     By default Eq. 2 of https://arxiv.org/abs/2411.18797, `1/Z Σ_j 1/L_j Σ_t g_j[t, i]`: the gate score of expert i,
     mean over the tokens of a sequence, then mean over sequences. The pass ends at the last layer asked for, and never
     computes the LM head. An adapter on the model takes part as it is.
+
+    In a group of processes (`torch.distributed`) every one of them must call it, with the same sets and options: where
+    each has the whole model they share the batches out, and all get the same result.
 
     Args:
         model: A model with routed experts, wrapped by PEFT or not.
@@ -86,7 +90,9 @@ def attribute_experts(
         TypeError: A set is not a `Dataset` or `IterableDataset`.
         ValueError: An unknown score or gate; a number out of range; "contrast" without a retain set; a set that is
             empty or has no usable columns or answers; NaN or infinite router scores; `layer_indices` names a layer
-            without routed experts; "ablation" or "gradient" of a streamed model.
+            without routed experts; "ablation" or "gradient" of a streamed model; processes were given different sets
+            or options.
+        RuntimeError: Another process has failed.
     """
     _check_choices(score=score, gate=gate, num_candidates=num_candidates, num_resamples=num_resamples)
     if score == "contrast" and retain_dataset is None:
@@ -100,6 +106,9 @@ def attribute_experts(
     layers, num_experts = tuple(block.layer_idx for block in blocks), common_num_experts(blocks)
     settings = _Settings(layers, max_tokens, batch_size, max_length, include_prompt, num_resamples, seed, show_progress)
     forget = retain = None
+    if score != "random":
+        # Or one process would wait for passes that another does not make.
+        Share.of(model).check_same((score, gate, num_candidates, layers, retain_dataset is None), name="forget")
     if score != "random":
         forget = _measure(model, forget_dataset, processing_class, settings, name="forget")
     if score != "random" and retain_dataset is not None:
@@ -165,15 +174,16 @@ def _measure(
     *,
     name: str,
 ) -> _MeasuredSet:
-    batches = sample_batches(
-        dataset,
-        processing_class,
-        max_tokens=settings.max_tokens,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        seed=settings.seed,
-        name=name,
-    )
+    with Share.of(model).failing_together():
+        batches = sample_batches(
+            dataset,
+            processing_class,
+            max_tokens=settings.max_tokens,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            seed=settings.seed,
+            name=name,
+        )
     use, resamples = measure_expert_use(
         model,
         batches,

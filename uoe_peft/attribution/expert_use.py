@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from uoe_peft.attribution.sampling import SampleBatches, counted_tokens
 from uoe_peft.attribution.scores import STATISTICS, Statistic, sequence_means
 from uoe_peft.attribution.streaming import SequenceMean
+from uoe_peft.data.shares import Share
 from uoe_peft.moe.blocks import MoEBlock
 from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.interventions import run_until_routed
@@ -90,7 +91,8 @@ def measure_expert_use(
 ) -> tuple[ExpertUse, Resamples]:
     """How much a set uses each expert, at the cost of a forward pass up to the last layer asked for.
 
-    Memory beside the model is that of one batch: nothing grows with the number of tokens.
+    Memory beside the model is that of one batch: nothing grows with the number of tokens. Processes that each have the
+    whole model share the batches out.
 
     Args:
         model: Any model with routed experts.
@@ -105,12 +107,17 @@ def measure_expert_use(
     Raises:
         UnsupportedModelError: The model has no routed experts, or its routing cannot be understood.
         ValueError: Router scores are NaN or infinite; a row has no token that counts; the layers differ in their
-            number of experts; `layer_indices` names a layer without routed experts.
+            number of experts; `layer_indices` names a layer without routed experts; processes were given different
+            batches.
+        RuntimeError: Another process has failed.
     """
     blocks = select_blocks(model, layer_indices)
     layers, num_experts = [block.layer_idx for block in blocks], common_num_experts(blocks)
     mean = SequenceMean((len(STATISTICS), len(layers), num_experts), num_resamples=num_resamples, seed=seed)
     device = input_device(model)
+    share = Share.of(model)
+    own = batches.part(share)
+    share.check_same((batches.fingerprint, batches.batch_size, layers, num_resamples, seed, include_prompt), name=name)
     num_tokens = top_k = 0
     masks: dict[int, Tensor] = {}
 
@@ -121,21 +128,25 @@ def measure_expert_use(
         return sequence_means(routing, masks[position].to(routing.scores.device), num_experts=num_experts)
 
     def passes() -> Iterator[Pass[int]]:
-        for position, batch in enumerate(batches):
+        for position, batch in enumerate(own):
             masks[position] = counted_tokens(batch, include_prompt=include_prompt, name=name)
             inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
             yield partial(_run, run, inputs)
 
     with (
+        share.failing_together(),
         evaluation_mode(model),
-        progress_bar(batches.num_tokens, f"Reading {name} set", show=show_progress) as bar,
+        progress_bar(own.num_tokens, f"Reading {name} set", show=show_progress) as bar,
         record_routing(model, layer_indices=layers) as trace,
         run_until_routed(model, layers[-1]) as run,
     ):
         for position, (num_read, means) in enumerate(run_passes(model, passes(), layer_indices=layers, read=read)):
+            mean.leave_out(share.left_out_before(position), batches.batch_size)
             mean.add(_finite(_of_all_layers(cast(list[Tensor], means)), layers, name=name))
             num_tokens += int(masks.pop(position).sum())
             bar.update(num_read)
+    mean.put_together(share)
+    num_tokens, top_k = sum(share.gathered(num_tokens)), max(share.gathered(top_k))
     softmax, applied, token_ratio = mean.mean()
     use = ExpertUse(softmax, applied, token_ratio, mean.num_sequences, num_tokens, top_k, batches.fingerprint)
     return use, Resamples(mean.resampled_means(), mean.half_means())

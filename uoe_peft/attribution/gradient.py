@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from uoe_peft.attribution.ablation import answer_losses
 from uoe_peft.attribution.expert_use import common_num_experts, progress_bar
 from uoe_peft.attribution.sampling import SampleBatches
+from uoe_peft.data.shares import Share
 from uoe_peft.moe.evaluation_mode import evaluation_mode
 from uoe_peft.moe.routing import select_blocks
 
@@ -33,7 +34,8 @@ def gradient_affinity(
 
     `Σ |(θ - g_r / mu) ⊙ g_f|` over the expert's weights, g_f and g_r the gradients of the mean answer loss of the
     forget and the retain set; `Σ |θ ⊙ g_f|` without a retain set. Costs a forward and backward pass over both sets,
-    and memory for two copies of the experts of the layers asked for.
+    and memory for two copies of the experts of the layers asked for. Processes that each have the whole model share the
+    batches out.
 
     Args:
         model: A causal language model with routed experts.
@@ -48,6 +50,7 @@ def gradient_affinity(
 
     Raises:
         ValueError: `mu` is not positive; the model has no LM head; a gradient is NaN or infinite.
+        RuntimeError: Another process has failed.
     """
     if not mu > 0:
         raise ValueError(f"mu must be > 0, got {mu}")
@@ -80,11 +83,13 @@ def _mean_gradients(
     model: nn.Module, batches: SampleBatches, parameters: Sequence[nn.Parameter], *, name: str, show: bool
 ) -> Gradients:
     """Gradients of the mean over sequences of the answer loss; the parameters' own `grad` is empty afterwards."""
-    with progress_bar(batches.num_tokens, f"Gradients on {name} set", show=show) as bar:
-        for batch in batches:
+    share = Share.of(model)
+    own = batches.part(share)
+    with share.failing_together(), progress_bar(own.num_tokens, f"Gradients on {name} set", show=show) as bar:
+        for batch in own:
             (answer_losses(model, batch).sum() / len(batches.examples)).backward()
             bar.update(int(batch["attention_mask"].sum()))
-    gradients = {p: torch.zeros_like(p) if p.grad is None else p.grad for p in parameters}
+    gradients = {p: share.total(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters}
     for parameter in parameters:
         parameter.grad = None
     return gradients

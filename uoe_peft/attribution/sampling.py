@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from uoe_peft.data import IGNORE_INDEX, Batch, collate, tokenize_dataset
+from uoe_peft.data.shares import Share
 from uoe_peft.data.tokenization import ProcessingClass, text_tokenizer
 
 Example = dict[str, list[int]]
@@ -43,6 +44,13 @@ class SampleBatches:
         for start in range(0, len(self.examples), self.batch_size):
             rows = self.examples[start : start + self.batch_size]
             yield collate(rows, pad_token_id=self.pad_token_id, padding_side=self.padding_side)
+
+    def part(self, share: Share) -> SampleBatches:
+        """Those of the batches that one process reads."""
+        starts = range(share.rank * self.batch_size, len(self.examples), share.count * self.batch_size)
+        return replace(
+            self, examples=[row for start in starts for row in self.examples[start : start + self.batch_size]]
+        )
 
     @property
     def num_tokens(self) -> int:

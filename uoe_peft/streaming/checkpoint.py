@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import warnings
 from collections import defaultdict
@@ -48,12 +49,14 @@ class Checkpoint:
         folder: Where its configuration is.
         revision: On the Hub; None for the newest, and for a folder.
         tensors: Every tensor, by its name on disk.
+        sizes_and_times: Of the shards that were there, by name: bytes, and when they were written, in nanoseconds.
     """
 
     name: str
     folder: Path
     revision: str | None
     tensors: dict[str, StoredTensor]
+    sizes_and_times: dict[str, tuple[int, int]]
 
     @classmethod
     def open(cls, name: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -69,25 +72,31 @@ class Checkpoint:
         """
         folder = Path(name)
         if folder.is_dir():
-            return cls(str(name), folder, None, _local_tensors(folder))
+            return cls._local(name, folder, None)
         folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.json", "*.py"]))
         if _is_whole(folder):
-            return cls(str(name), folder, revision, _local_tensors(folder))
+            return cls._local(name, folder, revision)
         stored = HfApi().get_safetensors_metadata(str(name), revision=revision).files_metadata
         tensors = {
             tensor: StoredTensor(shard, torch_dtype(info.dtype, name=tensor), tuple(info.shape))
             for shard, metadata in stored.items()
             for tensor, info in metadata.tensors.items()
         }
-        checkpoint = cls(str(name), folder, revision, tensors)
+        checkpoint = cls(str(name), folder, revision, tensors, {})
         checkpoint._warn_of_little_room()
         return checkpoint
 
+    @classmethod
+    def _local(cls, name: str | Path, folder: Path, revision: str | None) -> Checkpoint:
+        # Before the headers: what is written in between is told from what was read.
+        sizes_and_times = {path.name: _size_and_time(path) for path in folder.glob("*.safetensors")}
+        return cls(str(name), folder, revision, _local_tensors(folder), sizes_and_times)
+
     @property
     def identity(self) -> str:
-        """Changes with the checkpoint's files, as far as their names, sizes and times tell."""
-        paths = sorted({self.folder / stored.shard for stored in self.tensors.values()})
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
+        """Changes with the checkpoint: the commit on the Hub, or names, sizes and times of a folder's files."""
+        is_local = Path(self.name) == self.folder
+        files = sorted(self.sizes_and_times.items()) if is_local else self.folder.name
         return hashlib.sha256(repr((self.name, self.revision, files)).encode()).hexdigest()
 
     def headers(self) -> dict[str, Tensor]:
@@ -101,7 +110,7 @@ class Checkpoint:
         """Tensors that are read when `[...]` is asked of them, while the context lasts.
 
         Raises:
-            ValueError: A shard has gone, or been cut off, since it was opened.
+            ValueError: A shard has gone, been cut off, or been written anew, since the checkpoint was opened.
         """
         by_shard = defaultdict(list)
         for name in names:
@@ -109,6 +118,7 @@ class Checkpoint:
         with ExitStack() as stack:
             found: dict[str, Any] = {}
             for shard, held in by_shard.items():
+                self._check_unchanged(shard)
                 # Read, not mapped: pages of a mapped file would count as the process' memory until it is closed.
                 file = stack.enter_context(opened(self._path(shard), backend="pread"))
                 found |= {name: file.get_slice(name) for name in held}
@@ -127,9 +137,24 @@ class Checkpoint:
                 stacklevel=4,
             )
 
+    def _check_unchanged(self, shard: str) -> None:
+        """Layers of two checkpoints would make a model that nobody has trained."""
+        path = self.folder / shard
+        before = self.sizes_and_times.get(shard)
+        if before is not None and (not path.is_file() or _size_and_time(path) != before):
+            raise ValueError(
+                f"{path} is not the file that it was when the checkpoint was opened; let it be while it is streamed, "
+                "and open it again"
+            )
+
     def _path(self, shard: str) -> Path:
         path = self.folder / shard
         return path if path.is_file() else Path(hf_hub_download(self.name, shard, revision=self.revision))
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def _is_whole(folder: Path) -> bool:

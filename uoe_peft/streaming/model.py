@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -21,7 +23,7 @@ from uoe_peft.streaming.opening import make_skeleton, without_weights
 from uoe_peft.streaming.quantisation import find_dequantizer, plain_headers, without_quantisation
 from uoe_peft.streaming.reader import PartReader
 from uoe_peft.streaming.residence import Residence
-from uoe_peft.streaming.states import States
+from uoe_peft.streaming.states import States, check_folder, own_folder
 
 T = TypeVar("T")
 
@@ -39,7 +41,7 @@ class StreamedModel(nn.Module):
     """
 
     _residence: Residence
-    _key: str
+    _identity: str
     _state_dir: Path | None
     _state_memory: int
     show_progress: bool
@@ -66,7 +68,8 @@ class StreamedModel(nn.Module):
             dtype: What is computed in; "auto" for what the checkpoint names. CPUs without bfloat16 arithmetic want
                 "float32".
             revision: On the Hub.
-            state_dir: Folder for hidden states, from which a run that was stopped goes on; None: none is kept.
+            state_dir: Folder for hidden states, from which a run that was stopped goes on; None: none is kept. Of
+                several processes each has a folder of its own in it.
             state_memory: Bytes of hidden states in memory; beyond them temporary files are used.
             show_progress: Whether to show a bar of layers where many passes are run.
             trust_remote_code: As in transformers.
@@ -75,8 +78,10 @@ class StreamedModel(nn.Module):
             UnsupportedModelError: The model has no routed experts, is an encoder-decoder, or is quantised in a form
                 that cannot be made plain layer by layer.
             ValueError: No such checkpoint; a shard is missing or cut off; the index or the shards lack tensors, or have
-                them in other shapes than the model; a layer does not fit into memory.
+                them in other shapes than the model; a layer does not fit into memory; `state_dir` cannot be written.
         """
+        if state_dir is not None:
+            check_folder(Path(state_dir))
         checkpoint = Checkpoint.open(name, revision=revision)
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         quantizer = find_dequantizer(config, checkpoint.name)
@@ -95,7 +100,7 @@ class StreamedModel(nn.Module):
         model.__class__ = type(own.__name__, (cls, own), {"__module__": own.__module__})
         streamed = cast(StreamedModel, model)
         streamed._residence = residence
-        streamed._key = f"{checkpoint.identity}-{skeleton.dtype}"
+        streamed._identity = checkpoint.identity
         streamed.show_progress = show_progress
         streamed._state_dir = None if state_dir is None else Path(state_dir)
         streamed._state_memory = state_memory
@@ -135,11 +140,12 @@ class StreamedModel(nn.Module):
         model = cast(PreTrainedModel, self)
         embedded = States(limit=self._state_memory // 2, folder=None, key="")
         sweeps = LayerSweeps(model, self._residence, passes, layer_indices=layer_indices, read=read, embedded=embedded)
-        key = f"{self._key}-{sweeps.embed()}"
+        key = f"{self._identity}-{_way_of_computing(model)}-{sweeps.embed()}"
         self._check_memory(sweeps.num_tokens)
         # What an adapter computes is no part of the key.
         is_wrapped = any("base_layer" in module._modules for module in self.modules())
-        states = States(limit=self._state_memory // 2, folder=None if is_wrapped else self._state_dir, key=key)
+        folder = None if is_wrapped or self._state_dir is None else own_folder(self._state_dir)
+        states = States(limit=self._state_memory // 2, folder=folder, key=key)
         try:
             yield from sweeps.run(states, show_progress=self.show_progress)
             states.remove()
@@ -192,6 +198,14 @@ class StreamedModel(nn.Module):
             raise ValueError(f"a StreamedModel computes in {dtype}; open it with dtype={probe.dtype} instead")
         self._residence.device = probe.device
         return super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
+
+
+def _way_of_computing(model: PreTrainedModel) -> str:
+    """Changes with whatever would give other hidden states from the same weights."""
+    config = model.config
+    kernels = [getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")]
+    said = (config.to_json_string(use_diff=False), *kernels, model.dtype, transformers.__version__, torch.__version__)
+    return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
 def _check_memory(residence: Residence, checkpoint: Checkpoint) -> None:

@@ -49,18 +49,24 @@ def without_weights(skeleton: PreTrainedModel, checkpoint: Checkpoint, headers: 
         headers: Its tensors, or those of the model, on the meta device.
 
     Raises:
-        ValueError: Tensors are missing, or have other shapes.
+        ValueError: Tensors are missing, also single ones of a stack, or have other shapes.
     """
-    with no_loading_bar():
-        model, info = cast(Any, type(skeleton)).from_pretrained(
-            None,
-            config=skeleton.config,
-            state_dict=headers,
-            device_map="meta",
-            dtype=skeleton.dtype,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+    try:
+        with no_loading_bar():
+            model, info = cast(Any, type(skeleton)).from_pretrained(
+                None,
+                config=skeleton.config,
+                state_dict=headers,
+                device_map="meta",
+                dtype=skeleton.dtype,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except RuntimeError as error:  # what transformers raises where parts of a stack are missing, after it has said why
+        raise ValueError(
+            f"tensors of {checkpoint.name} cannot be made those of a {type(skeleton).__name__}, of some a part may be "
+            f"missing: download or save it again ({error})"
+        ) from error
     for kind, problem in (("missing_keys", "has no"), ("mismatched_keys", "has another shape of")):
         if info[kind]:
             first = sorted(info[kind], key=str)[0]

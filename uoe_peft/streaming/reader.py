@@ -2,14 +2,15 @@
 
 A checkpoint names and cuts tensors in its own way: experts one by one on disk are stacks in memory, in each family
 differently. The conversion that `from_pretrained` uses for a whole model is run here on those tensors alone that a part
-of it is made of, with a second model, on the meta device, to put them into.
+of it is made of, with a second model, on the meta device, to put them into. Stacks of experts, nearly all of a layer,
+are read to where that conversion would have copied them.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from uoe_peft.streaming.checkpoint import Checkpoint
+from uoe_peft.streaming.stacks import Stack, find_stack
 
 # Groups that are larger are converted one after the other, so that not all tensors of a layer are there twice.
 _LARGE = 64 * 2**20
@@ -54,9 +56,16 @@ class PartReader:
     ) -> None:
         self._model, self._checkpoint, self._quantizer = skeleton, checkpoint, quantizer
         self._names = set(skeleton.state_dict())
-        self._sources = self._grouped(checkpoint.tensors)
-        for name, sources in self._sources.items():
+        self._sources: dict[str, list[str]] = {}
+        self._stacks: dict[str, Stack] = {}
+        converters = [entry for entry in self._mapping() if isinstance(entry, WeightConverter)]
+        by_patterns = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        for name, by_pattern in self._grouped(checkpoint.tensors).items():
+            self._sources[name] = sources = [source for found in by_pattern.values() for source in found]
             self._narrow(name, {checkpoint.tensors[source].dtype for source in sources}, dtypes)
+            converter = by_patterns.get(next(iter(by_pattern)))
+            if converter is not None and quantizer is None:
+                self._find_stack(name, converter, by_pattern)
 
     def read(self, belongs: Callable[[str], bool]) -> dict[str, Tensor]:
         """The parameters and saved buffers whose names belong to a part.
@@ -72,9 +81,13 @@ class PartReader:
         """
         groups = {name: sources for name, sources in self._sources.items() if belongs(name)}
         read: dict[str, Tensor] = {}
-        # The largest first: while it is put together from single experts there is nothing else yet.
-        for pack in self._packs(sorted(groups.values(), key=self._num_stored_bytes, reverse=True)):
+        converted = [sources for name, sources in groups.items() if name not in self._stacks]
+        # The largest first: while it is put together there is nothing else yet.
+        for pack in self._packs(sorted(converted, key=self._num_stored_bytes, reverse=True)):
             read |= self._converted(pack)
+        for name in groups.keys() & self._stacks.keys():
+            with self._checkpoint.slices(groups[name]) as slices:
+                read[name] = self._stacks[name].read(slices)
         return read
 
     def holds(self, name: str) -> bool:
@@ -87,24 +100,35 @@ class PartReader:
             value.numel() * value.dtype.itemsize for name, value in self._model.state_dict().items() if name in names
         )
 
+    def peak_bytes(self, names: Container[str]) -> int:
+        """Memory that reading them takes: parts of what is converted are there twice for a while."""
+        converted = {name for name in self._names if name in names and name not in self._stacks}
+        return self.num_bytes(names) + self.num_bytes(converted) // 3
+
     def _mapping(self) -> list[Any]:
         # Made anew for each use: conversions remember what they have seen.
         return get_model_conversion_mapping(self._model, hf_quantizer=self._quantizer)
 
-    def _grouped(self, tensors: Iterable[str]) -> dict[str, list[str]]:
-        """Names on disk by the first of the parameters that they become."""
+    def _grouped(self, tensors: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+        """Names on disk by the first of the parameters that they become, and by the pattern that they match."""
         mapping, known = self._mapping(), self._model.state_dict()
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         prefix = self._model.base_model_prefix
-        groups = defaultdict(list)
+        groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for source in tensors:
-            name, _ = rename_source_key(source, renamings, converters, prefix, known)
+            name, pattern = rename_source_key(source, renamings, converters, prefix, known)
             if name not in known and source in known:
-                name, _ = rename_source_key(source, [], [], prefix, known)
+                name, pattern = rename_source_key(source, [], [], prefix, known)
             if name in known:  # some checkpoints hold more layers than the model has, to predict further tokens with
-                groups[name].append(source)
-        return dict(groups)
+                groups[name][pattern or ""].append(source)
+        return groups
+
+    def _find_stack(self, name: str, converter: WeightConverter, by_pattern: Mapping[str, Sequence[str]]) -> None:
+        """Have a parameter put together here, if it is a plain stack of what is on disk."""
+        stack = find_stack(converter, by_pattern, self._checkpoint.tensors, self._model.get_parameter(name))
+        if stack is not None:
+            self._stacks[name] = stack
 
     def _narrow(self, name: str, stored: set[torch.dtype], dtypes: dict[str, torch.dtype]) -> None:
         """Have a parameter read in the type that it is stored in, if that is narrower; conversions cast to its own."""

@@ -130,10 +130,10 @@ class Residence:
         """
         new = sorted(set(keys) - self._kept, key=str)
         self.check_room(new)
-        self._kept.update(new)
         for key in new:
             if key not in self._here:
                 self._place(key, self._read(key))
+            self._kept.add(key)
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -169,9 +169,9 @@ class Residence:
         return self._thread.submit(self._read_part, key).result()
 
     def _fits(self, key: PartKey) -> bool:
-        """Whether there is memory to read a part; experts that are stacked are there twice."""
+        """Whether there is memory to read a part."""
         there = available_memory()
-        return there is None or 4 * self._read_bytes(key) // 3 <= there
+        return there is None or self._reader.peak_bytes({slot.name for slot in self._slots[key]}) <= there
 
     def _read_bytes(self, key: PartKey) -> int:
         return self._reader.num_bytes({slot.name for slot in self._slots[key]})
@@ -200,14 +200,19 @@ class Residence:
         absent = sorted(uses.keys() - read.keys())
         if absent:
             raise ValueError(f"the checkpoint has no {absent[0]} ({len(absent)} tensors of {key!r} are missing)")
-        self._here.add(key)
-        # Whoever brings a layer in may be in inference mode; the next one to use it may be training.
-        with torch.inference_mode(False):
+        try:
+            # Whoever brings a layer in may be in inference mode; the next one to use it may be training.
+            with torch.inference_mode(False):
+                for slot in self._slots[key]:
+                    uses[slot.name] -= 1
+                    # Let go at once of what is not needed again: a layer's narrow and wide copies are never both whole.
+                    value = read[slot.name] if uses[slot.name] else read.pop(slot.name)
+                    slot.put(value.to(self.device, slot.absent.dtype))
+        except BaseException:  # no memory, or Ctrl-C: half a layer is none
             for slot in self._slots[key]:
-                uses[slot.name] -= 1
-                # Let go at once of what is not needed again: a layer's narrow and wide copies are never both whole.
-                value = read[slot.name] if uses[slot.name] else read.pop(slot.name)
-                slot.put(value.to(self.device, slot.absent.dtype))
+                slot.clear()
+            raise
+        self._here.add(key)
 
 
 def _weightless(tensor: Tensor, device: torch.device) -> nn.Parameter:

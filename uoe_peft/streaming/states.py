@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from uoe_peft.moe.segments import LayerState
@@ -148,6 +150,26 @@ class States:
         return Path(self._temporary.name)
 
 
+def check_folder(folder: Path) -> None:
+    """Whether states can be written to a folder, which is made if there is none.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"state_dir {folder} cannot be written ({error}); name another folder, or none") from error
+
+
+def own_folder(folder: Path) -> Path:
+    """Where this one of a group of processes keeps its states: each has passes of its own."""
+    is_group = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return folder / f"rank-{dist.get_rank()}" if is_group else folder
+
+
 def num_bytes(state: Any) -> int:
     """Size of the tensors in a state."""
     if isinstance(state, Tensor):
@@ -160,7 +182,10 @@ def _save(value: Any, path: Path) -> None:
 
 
 def _load(path: Path) -> Any:
-    return torch.load(path, weights_only=True)
+    try:
+        return torch.load(path, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove its state_dir to begin anew") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
