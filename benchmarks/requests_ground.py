@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from time import process_time
 from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from uoe_peft import UnlearningConfig, UOEConfig, attribute_experts
@@ -17,38 +19,41 @@ from uoe_peft.data import collate, tokenize_dataset
 from uoe_peft.evaluation.generation import greedy_answers
 from uoe_peft.evaluation.metrics import rouge_l_recall
 from uoe_peft.moments import Moments, measure_moments
-from uoe_peft.requests import WithdrawableTrainer, retain_with_requests
+from uoe_peft.requests import RequestTrainer, retain_with_requests
 from uoe_peft.testbed import TOPICS, checkpoint_path, load_facts
 
 REQUESTS = ("potions", "towns", "library", "missions", "boardgame")
 WITHDRAWN = REQUESTS[1]
+
+Row = dict[str, Any]
 
 
 @dataclass
 class Recipe:
     """How each request is trained."""
 
-    steps: int = field(default=200, metadata={"help": "Of each request."})
-    learning_rate: float = field(default=5e-3, metadata={"help": "Of adapters; it falls linearly."})
-    later_learning_rate: float | None = field(default=None, metadata={"help": "From the second request on."})
-    retain_weight: float = field(default=8.0, metadata={"help": "Of the retain loss."})
-    retain_share: float | None = field(default=0.99, metadata={"help": "That strength must keep; None: strength 1."})
-    retain_projection: float | None = field(default=None, metadata={"help": "rho of the retain projection."})
+    steps: int = field(default=100, metadata={"help": "Of each request."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Of UOE adapters; every rate falls linearly."})
+    full_learning_rate: float = field(default=5e-4, metadata={"help": "Of all parameters."})
+    lora_learning_rate: float = field(default=2e-3, metadata={"help": "Of LoRA."})
+    retain_weight: float = field(default=24.0, metadata={"help": "Of the retain loss."})
+    retain_share: float = field(default=0.993, metadata={"help": "Of retain probability, which strength must keep."})
 
 
 class Ground:
     """The testbed, split into requests and what is kept, and what is asked of each.
 
     Attributes:
-        output_dir: Where training may write.
+        output_dir: Where adapters go.
+        recipe: How requests are trained.
         requests: Forget sets.
         retain: Rows of the other two topics that training reads.
-        chosen_on: Rows of them on which strengths and rates are chosen, and nothing else is.
+        chosen_on: Rows of them on which strengths and rates are chosen, and which nothing else reads.
         asked: Rows that are asked in the end.
     """
 
-    def __init__(self, output_dir: Path) -> None:
-        self.output_dir = output_dir
+    def __init__(self, output_dir: Path, recipe: Recipe) -> None:
+        self.output_dir, self.recipe = output_dir, recipe
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint_path("base"))
         self.requests = {topic: load_facts([topic]) for topic in REQUESTS}
         rest = load_facts([topic for topic in TOPICS if topic not in REQUESTS])
@@ -58,15 +63,22 @@ class Ground:
         asked = {topic: rows.shuffle(seed=0).select(range(40)) for topic, rows in self.requests.items()}
         self.asked = {**asked, "retain": halves["test"].select(range(120))}
 
-    def answers(self, model: Any, rows: Dataset) -> list[str]:
-        """Greedy answers."""
-        prompts = [self.tokenizer(prompt)["input_ids"] for prompt in rows["prompt"]]
-        options: dict[str, Any] = {"max_new_tokens": 48, "batch_size": 120, "desc": ""}
-        return list(greedy_answers(model, prompts, tokenizer=self.tokenizer, **options))
-
     def scores(self, model: Any) -> dict[str, float]:
-        """Mean ROUGE-L recall of each request and of the retain set."""
-        return {name: rouge(self.answers(model, rows), rows) for name, rows in self.asked.items()}
+        """Mean ROUGE-L recall of greedy answers, for each request and the retain set."""
+        found = {}
+        for name, rows in self.asked.items():
+            prompts = [self.tokenizer(prompt)["input_ids"] for prompt in rows["prompt"]]
+            answers = greedy_answers(
+                model, prompts, tokenizer=self.tokenizer, max_new_tokens=48, batch_size=120, desc=name
+            )
+            found[name] = rouge(answers, rows)
+        return found
+
+    def report(self, step: str, model: Any, **more: Any) -> Row:
+        """All scores of a model, as a row."""
+        configs = getattr(model, "peft_config", {})
+        experts = {name: config.target_experts for name, config in configs.items() if isinstance(config, UOEConfig)}
+        return {"step": step, **self.scores(model.eval()), "experts": experts, **more}
 
     def kept(self, *, after: int, earlier: Iterable[str] = ()) -> Dataset:
         """The retain set with all topics not yet requested; and earlier requests with their refusals."""
@@ -74,44 +86,52 @@ class Ground:
         rows = concatenate_datasets([self.retain, *later])
         return retain_with_requests(rows, [self.requests[topic] for topic in earlier], self.tokenizer)
 
-    def expert(self, model: Any, forget: Dataset, kept: Dataset) -> list[tuple[int, int]]:
-        """The expert that `contrast` ranks first on the model as it is."""
-        options: dict[str, Any] = {"score": "contrast", "retain_dataset": kept, "batch_size": 50}
-        found = attribute_experts(model, forget, processing_class=self.tokenizer, show_progress=False, **options)
-        return found.top(1)
+    def kept_apart(self, topic: str) -> Dataset:
+        """The retain set with all other topics."""
+        return concatenate_datasets([self.retain, *(rows for name, rows in self.requests.items() if name != topic)])
 
     def config(self, model: Any, forget: Dataset, kept: Dataset) -> UOEConfig:
-        """An adapter of that expert."""
-        return UOEConfig(target_experts=self.expert(model, forget, kept))
+        """An adapter of the expert that `contrast` ranks first on the model as it is."""
+        options: dict[str, Any] = {"score": "contrast", "retain_dataset": kept, "batch_size": 50}
+        found = attribute_experts(model, forget, processing_class=self.tokenizer, show_progress=False, **options)
+        return UOEConfig(target_experts=found.top(1))
 
     def train(
         self,
         model: Any,
         forget: Dataset,
         kept: Dataset,
-        recipe: Recipe,
         *,
         seed: int,
-        rate: float | None = None,
-        steps: int | None = None,
+        trainer_class: type[RequestTrainer] = RequestTrainer,
         earlier: Mapping[str, Dataset] | None = None,
-        trainer_class: type[WithdrawableTrainer] = WithdrawableTrainer,
+        earlier_moments: Mapping[str, Moments] | None = None,
         **options: Any,
-    ) -> WithdrawableTrainer:
-        """Train what is trainable; a strength is chosen for adapters where the recipe names a share."""
-        choosing = recipe.retain_share is not None and options.pop("choose", True)
+    ) -> Row:
+        """Train what is trainable, at the strength that keeps enough; what was chosen, and the CPU time.
+
+        Args:
+            model: The model.
+            forget: The request.
+            kept: What the retain loss reads.
+            seed: Of training.
+            trainer_class: A trainer that adds to the loss.
+            earlier: See `RequestTrainer`.
+            earlier_moments: Likewise.
+            **options: Of `UnlearningConfig`, in place of the recipe's.
+        """
+        started, recipe = process_time(), self.recipe
         settings: dict[str, Any] = {
             "forget_loss": "npo",
             "beta": 0.05,
             "alternative_weight": 1.0,
             "retain_weight": recipe.retain_weight,
-            "retain_projection": recipe.retain_projection,
-            "calibrate": "retain" if choosing else False,
+            "calibrate": "retain",
             "calibrate_metric": "probability",
-            "calibrate_retain_share": recipe.retain_share or 1.0,
-            "learning_rate": rate or recipe.learning_rate,
+            "calibrate_retain_share": recipe.retain_share,
+            "learning_rate": recipe.learning_rate,
             "lr_scheduler_type": "linear",
-            "max_steps": steps or recipe.steps,
+            "max_steps": recipe.steps,
         }
         trainer = trainer_class(
             model=model,
@@ -127,16 +147,19 @@ class Ground:
                 disable_tqdm=True,
                 seed=seed,
             ),
-            earlier=earlier or {},
+            earlier=earlier,
+            earlier_moments=earlier_moments,
             train_dataset=forget,
             retain_dataset=kept,
             eval_dataset={"retain": self.chosen_on},
             processing_class=self.tokenizer,
         )
         trainer.train()
-        return trainer
+        choice = trainer.strength_choice
+        strength = 1.0 if choice is None else choice.scale
+        return {"strength": strength, "seconds": round(process_time() - started, 1)}
 
-    def moments(self, model: Any, experts: list[tuple[int, int]]) -> dict[str, Moments]:
+    def moments(self, model: Any, experts: Sequence[tuple[int, int]]) -> dict[str, Moments]:
         """Moments of every request and of the retain set, in the base model."""
         found = {}
         with model.disable_adapter():
@@ -146,20 +169,27 @@ class Ground:
                 found[name] = measure_moments(model, batches, experts, name=name, strict=False)
         return found
 
-    def report(self, step: str, model: Any, **more: Any) -> dict[str, Any]:
-        """All scores of a model, as a row that is printed."""
-        configs = getattr(model, "peft_config", {})
-        experts = {name: getattr(config, "target_experts", None) for name, config in configs.items()}
-        row = {"step": step, **self.scores(model.eval()), "experts": experts, **more}
-        print(row, flush=True)
-        return row
 
-
-def rouge(answers: list[str], rows: Dataset) -> float:
-    """Mean ROUGE-L recall."""
-    return round(fmean(rouge_l_recall(answers, [completion.strip() for completion in rows["completion"]])), 4)
+def rouge(answers: Iterable[str], rows: Dataset) -> float:
+    """Mean ROUGE-L recall of answers."""
+    truths = [completion.strip() for completion in rows["completion"]]
+    return round(fmean(rouge_l_recall(list(answers), truths)), 4)
 
 
 def load() -> Any:
     """The testbed's base model, in float32."""
     return AutoModelForCausalLM.from_pretrained(checkpoint_path("base"), dtype=torch.float32).eval()
+
+
+def load_with(folder: Path, topics: Sequence[str]) -> Any:
+    """The base model with the adapters of these requests, all active and frozen; the base where there are none."""
+    model: Any = load()
+    for place, topic in enumerate(topics):
+        if place:
+            model.load_adapter(folder / topic, topic)
+        else:
+            model = PeftModel.from_pretrained(model, folder / topic, adapter_name=topic)
+    if topics:
+        model.base_model.set_adapter(list(topics))
+        model.requires_grad_(False)
+    return model.eval()

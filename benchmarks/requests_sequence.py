@@ -1,45 +1,69 @@
-"""Requests one after another: an adapter each, and what withdrawing each of them leaves."""
+"""Requests one after another, an adapter each, and what withdrawing each of them leaves; or one for all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from time import process_time
-from typing import Any
+from collections.abc import Container, Iterator
+from typing import Any, Literal
 
-from requests_ground import REQUESTS, WITHDRAWN, Ground, Recipe, load
+from datasets import concatenate_datasets
+from requests_ground import REQUESTS, WITHDRAWN, Ground, Row, load, load_with
 
 from uoe_peft.requests import add_request, withdrawn
 
+Known = Literal["refusals and facts", "refusals", "moments", "nothing"]
 
-def one_after_another(
-    ground: Ground, recipe: Recipe, seed: int, *, with_earlier: bool = True, withdrawable: bool = True
-) -> Iterator[dict[str, Any]]:
-    """A row after each request, one for each of them withdrawn, and one with the second one's adapter deleted.
+
+def one_after_another(ground: Ground, seed: int, done: Container[str], *, known: Known, folder: str) -> Iterator[Row]:
+    """A row after each request, one for each of them switched off, and one with the second one's adapter deleted.
 
     Args:
         ground: The requests.
-        recipe: How each is trained.
         seed: Of training.
-        with_earlier: Whether the text of earlier requests is there: their refusals are kept.
-        withdrawable: Whether their facts are kept, too, with their adapters off.
+        done: Steps that were run before, whose adapters are in their folder.
+        known: What training reads of earlier requests: their questions with refusals, and their facts with their
+            adapters off; the refusals alone; their moments at the new expert, and no text; or nothing.
+        folder: Where adapters are saved, in the output directory.
     """
-    model: Any = load()
-    yield ground.report("base", model)
+    place_of = ground.output_dir / f"{folder}_{seed}"
     for place, topic in enumerate(REQUESTS):
-        started = process_time()
-        earlier = REQUESTS[:place] if with_earlier else ()
-        kept = ground.kept(after=place, earlier=earlier)
-        model = add_request(model, ground.config(model, ground.requests[topic], kept), topic)
-        facts = {name: ground.requests[name] for name in earlier} if withdrawable else {}
-        rate = recipe.later_learning_rate if place else None
-        trainer = ground.train(model, ground.requests[topic], kept, recipe, seed=seed, rate=rate, earlier=facts)
-        choice = trainer.strength_choice
-        strength = 1.0 if choice is None else choice.scale
-        yield ground.report(topic, model, strength=strength, seconds=round(process_time() - started, 1))
+        if topic in done and (place_of / topic).is_dir():
+            continue
+        earlier = REQUESTS[:place]
+        model = load_with(place_of, earlier)
+        kept = ground.kept(after=place, earlier=earlier if "refusals" in known else ())
+        config = ground.config(model, ground.requests[topic], kept)
+        options: dict[str, Any] = {}
+        if known == "refusals and facts":
+            options["earlier"] = {name: ground.requests[name] for name in earlier}
+        if known == "moments":
+            options["retain_projection"] = 1.0
+        model = add_request(model, config, topic)
+        if known == "moments" and earlier:
+            moments = ground.moments(model, config.target_experts)  # type: ignore[arg-type]
+            options["earlier_moments"] = {name: moments[name] for name in earlier}
+        found = ground.train(model, ground.requests[topic], kept, seed=seed, **options)
+        model.save_pretrained(place_of, selected_adapters=[topic])
+        yield ground.report(topic, model, **found)
+    yield from _withdrawals(ground, load_with(place_of, REQUESTS), done)
+
+
+def _withdrawals(ground: Ground, model: Any, done: Container[str]) -> Iterator[Row]:
     for topic in REQUESTS:
-        if topic != WITHDRAWN:
+        step = f"{topic} off"
+        if step not in done and topic != WITHDRAWN:
             with withdrawn(model, topic):
-                yield ground.report(f"{topic} off", model)
-    model.delete_adapter(WITHDRAWN)
-    model.base_model.set_adapter([topic for topic in REQUESTS if topic != WITHDRAWN])
-    yield ground.report(f"{WITHDRAWN} withdrawn", model)
+                yield ground.report(step, model)
+    step = f"{WITHDRAWN} withdrawn"
+    if step not in done:
+        model.delete_adapter(WITHDRAWN)
+        model.base_model.set_adapter([topic for topic in REQUESTS if topic != WITHDRAWN])
+        yield ground.report(step, model)
+
+
+def union(ground: Ground, seed: int) -> Iterator[Row]:
+    """One adapter on the rows of all five requests, with as many steps as the five have together."""
+    rows = concatenate_datasets(list(ground.requests.values()))
+    model = load()
+    model = add_request(model, ground.config(model, rows, ground.retain), "union")
+    found = ground.train(model, rows, ground.retain, seed=seed, max_steps=len(REQUESTS) * ground.recipe.steps)
+    yield ground.report("union", model, **found)
