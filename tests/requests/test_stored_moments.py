@@ -121,7 +121,7 @@ def change_of(model: Any, moments: Moments, tmp_path: Path, *, with_moments: boo
     trainer_of(model, tmp_path, more=more, max_steps=4, retain_projection=1e-3, learning_rate=1e-2).train()
     router = model.get_submodule("base_model.model.model.layers.1.mlp.gate")
     (key,) = router.edited_keys(["new"])
-    delta = router.get_delta_weight("new", *key).double()
+    delta = router.get_delta_weight("new", *key).detach().double()
     return float((delta @ moments.slices[ROUTER].second.double() @ delta.T).trace() / delta.square().sum())
 
 
@@ -152,7 +152,7 @@ def test_regression_reads_the_folders(tmp_path: Path) -> None:
     layer = model.get_submodule("base_model.model.model.layers.1.mlp.gate")
     second = load_forget_moments(tmp_path / "a").slices[ROUTER].second.double()
     (key,) = layer.edited_keys(["a"])
-    own = layer.get_delta_weight("a", *key).double()
+    own = layer.get_delta_weight("a", *key).detach().double()
     damping = 1e-6 * second.diagonal().mean() * torch.eye(32, dtype=torch.float64)
     expected = own @ second @ torch.linalg.inv(second + damping)
     torch.testing.assert_close(layer.get_delta_weight("mean", *key).double(), expected, rtol=1e-3, atol=1e-4)
