@@ -3,10 +3,10 @@
     python benchmarks/requests.py [--output_dir outputs/requests] [--seeds 0 1 2] [--kinds ...] [--minutes 60]
 
 Requests are five of the seven topics, 200 facts each; the other two are the retain set: half of it for training, 80
-rows on which strengths are chosen, and 120 that are asked. Every request trains an adapter of its own (the expert that
+rows on which rates were chosen, and 120 that are asked. Every request trains an adapter of its own (the expert that
 `contrast` ranks first on the model as it is then, against everything that is to be kept) with the demo's losses: NPO
-(beta 0.05) with refusals and 8 times the retain loss, the rate falling linearly. Its strength is the greatest at which
-0.99 of the retain rows' probability is left. What is kept in training is the retain set and all topics not yet
+(beta 0.05) with refusals and 24 times the retain loss, the rate falling linearly. Its strength is the least at which the
+probability of its answers is down to 0.05. What is kept in training is the retain set and all topics not yet
 requested, and of earlier requests:
 
 - "one after another": their questions with refusals, and, with their adapters off, their facts (`RequestTrainer`);

@@ -37,7 +37,7 @@ class Recipe:
     full_learning_rate: float = field(default=5e-4, metadata={"help": "Of all parameters."})
     lora_learning_rate: float = field(default=2e-3, metadata={"help": "Of LoRA."})
     retain_weight: float = field(default=24.0, metadata={"help": "Of the retain loss."})
-    retain_share: float = field(default=0.993, metadata={"help": "Of retain probability, which strength must keep."})
+    forget_limit: float = field(default=0.05, metadata={"help": "Forget probability that strength must reach."})
 
 
 class Ground:
@@ -48,7 +48,7 @@ class Ground:
         recipe: How requests are trained.
         requests: Forget sets.
         retain: Rows of the other two topics that training reads.
-        chosen_on: Rows of them on which strengths and rates are chosen, and which nothing else reads.
+        chosen_on: Rows of them on which rates are chosen, and which nothing else reads.
         asked: Rows that are asked in the end.
     """
 
@@ -108,7 +108,7 @@ class Ground:
         earlier_moments: Mapping[str, Moments] | None = None,
         **options: Any,
     ) -> Row:
-        """Train what is trainable, at the strength that keeps enough; what was chosen, and the CPU time.
+        """Train what is trainable, at the least strength that forgets enough; what was chosen, and the CPU time.
 
         Args:
             model: The model.
@@ -126,9 +126,9 @@ class Ground:
             "beta": 0.05,
             "alternative_weight": 1.0,
             "retain_weight": recipe.retain_weight,
-            "calibrate": "retain",
+            "calibrate": "forget",
             "calibrate_metric": "probability",
-            "calibrate_retain_share": recipe.retain_share,
+            "calibrate_forget_limit": recipe.forget_limit,
             "learning_rate": recipe.learning_rate,
             "lr_scheduler_type": "linear",
             "max_steps": recipe.steps,

@@ -18,6 +18,7 @@ from uoe_peft.data import Batch, collate, tokenize_dataset
 from uoe_peft.requests import RequestTrainer
 
 PENALTY = 0.1  # of the overlap of successive A matrices, as in O3's released settings
+KEPT_SHARE = 0.97  # of the retain rows' probability, in each request
 STRENGTHS = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
 
 
@@ -83,7 +84,7 @@ def ssu(ground: Ground, seed: int, done: Container[str]) -> Iterator[Row]:
 
     Its loss is `CE(answers) + CE(random answers)`; only weights train whose gradient of it at the start is larger than
     the mean by a standard deviation. It has no retain set: the strength of the subtraction is the greatest of
-    `STRENGTHS` that keeps enough of the rows on which all strengths are chosen.
+    `STRENGTHS` that keeps `KEPT_SHARE` of the rows that choose.
     """
     if REQUESTS[-1] in done:
         return
@@ -92,7 +93,7 @@ def ssu(ground: Ground, seed: int, done: Container[str]) -> Iterator[Row]:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         _learn(ground, model, ground.requests[topic], seed=seed)
         learned = {name: p.detach() - before[name] for name, p in model.named_parameters()}
-        keeps *= ground.recipe.retain_share
+        keeps *= KEPT_SHARE
         for strength in (*STRENGTHS, 0.0):
             for name, parameter in model.named_parameters():
                 parameter.data = before[name] - strength * learned[name]

@@ -12,7 +12,8 @@ of its tokens can join those of the retain set in the retain projection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ from uoe_peft.training.model_card import add_loading_section
 from uoe_peft.training.objective.anchor import active_configs
 from uoe_peft.training.objective.forward import forward_answers
 from uoe_peft.training.optim.projection import sampled_rows
+from uoe_peft.training.step_log import mean_over_processes
 from uoe_peft.tuner import UOEConfig
 
 # So that the draw is not that of the pairs, which has the same seed.
@@ -54,6 +56,9 @@ class RequestTrainer(UnlearningTrainer):
         keep_moments: Whether `save_model` writes the moments of this request's forget set, at the experts that the
             adapter edits, beside the adapter.
         **kwargs: As for `UnlearningTrainer`.
+
+    Attributes:
+        forget_moments: With `keep_moments`, what was measured when training began.
 
     Raises:
         ValueError: A request of `earlier` has no active adapter, or one that this training changes; activations are
@@ -81,6 +86,7 @@ class RequestTrainer(UnlearningTrainer):
         self._earlier: dict[str, Dataset] = {}
         self._earlier_moments = {name: load_forget_moments(own) for name, own in (earlier_moments or {}).items()}
         self._drawn_at, self._drawn = -1, 0
+        self._adapter_name = ""
         self.forget_moments: Moments | None = None
         super().__init__(model, args, **kwargs)
         for name, rows in earlier.items():
@@ -88,9 +94,9 @@ class RequestTrainer(UnlearningTrainer):
                 rows, self._processing_class, max_length=self.args.max_length, name=f"earlier forget ({name})"
             )
         if keep_moments:
-            self._trained_adapter()
+            self._adapter_name = self._trained_adapter()
             # First, before layers leave the device: moments need them.
-            self.callback_handler.callbacks.insert(0, _AtTheBeginning(self))
+            self.callback_handler.callbacks.insert(0, _AtTheBeginning(self._measure_forget_set))
 
     # ---- Withdrawal ----
 
@@ -108,7 +114,8 @@ class RequestTrainer(UnlearningTrainer):
         name, batch = self._draw(len(inputs["forget"]["input_ids"]))
         with withdrawn(cast(PeftModel, self.model), name), self._reusing({f"earlier forget ({name})": batch}):
             kept = nll_loss(forward_answers(model, batch).log_probs)
-        self._metrics["train"]["withdrawn_nll"].append(float(kept.detach()))
+        logged = mean_over_processes({"withdrawn_nll": kept.detach()}, self.accelerator)
+        self._metrics["train"]["withdrawn_nll"].append(logged["withdrawn_nll"])
         loss, *rest = found if return_outputs else (found,)
         loss = loss + self.args.retain_weight * kept
         return (loss, *rest) if return_outputs else loss
@@ -135,9 +142,9 @@ class RequestTrainer(UnlearningTrainer):
         measured = super()._measure(role)
         return with_requests(measured, self._earlier_moments) if role == "retain" else measured
 
-    def measure_forget_set(self) -> None:
-        """Measure the moments of the forget set where the adapter edits, on the model without it."""
-        config = cast(UOEConfig, self.model.peft_config[self._trained_adapter()])
+    def _measure_forget_set(self) -> None:
+        """Measure the forget set where the adapter edits, on the model without it: the reference of the losses."""
+        config = cast(UOEConfig, cast(Any, self.model).peft_config[self._adapter_name])
         batches = self.reuse.rows.batches("forget", sampled_rows(self.train_dataset.forget, seed=self.args.seed))
         experts = cast(list[tuple[int, int]], config.target_experts)
         with self.accelerator.autocast(), self.objective.reference.base_model():
@@ -162,22 +169,22 @@ class RequestTrainer(UnlearningTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.forget_moments is not None and self.args.should_save:
-            folder, name = Path(output_dir or cast(str, self.args.output_dir)), self._trained_adapter()
+            folder, name = Path(output_dir or cast(str, self.args.output_dir)), self._adapter_name
             save_forget_moments(folder if name == "default" else folder / name, self.forget_moments)
             add_loading_section(folder / "README.md", active_configs(cast(nn.Module, self.model)))
 
 
+@dataclass(frozen=True)
 class _AtTheBeginning(TrainerCallback):
-    """Measures the forget set before the first step."""
+    """Does something before the first step."""
 
-    def __init__(self, trainer: RequestTrainer) -> None:
-        self.trainer = trainer
+    act: Callable[[], None]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure."""
-        self.trainer.measure_forget_set()
+        """Do it."""
+        self.act()
 
 
 def _check_options(args: UnlearningConfig, earlier: Mapping[str, Any], moments: Mapping[str, Any] | None) -> None:
