@@ -5,8 +5,8 @@
 Requests are five of the seven topics, 200 facts each; the other two are the retain set: half of it for training, 80
 rows on which rates were chosen, and 120 that are asked. Every request trains an adapter of its own (the expert that
 `contrast` ranks first on the model as it is then, against everything that is to be kept) with the demo's losses: NPO
-(beta 0.05) with refusals and 24 times the retain loss, the rate falling linearly. Its strength is the least at which the
-probability of its answers is down to 0.05. What is kept in training is the retain set and all topics not yet
+(beta 0.05) with refusals and 24 times the retain loss, the rate falling linearly. Its strength is the least at which
+the probability of its answers is down to 0.05. What is kept in training is the retain set and all topics not yet
 requested, and of earlier requests:
 
 - "one after another": their questions with refusals, and, with their adapters off, their facts (`RequestTrainer`);
