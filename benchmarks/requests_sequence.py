@@ -14,7 +14,7 @@ Known = Literal["refusals and facts", "refusals", "moments", "nothing"]
 
 
 def one_after_another(ground: Ground, seed: int, done: Container[str], *, known: Known, folder: str) -> Iterator[Row]:
-    """A row after each request, one for each of them switched off, and one with the second one's adapter deleted.
+    """A row after each request, one with the second one's adapter deleted, and one with each other one switched off.
 
     Args:
         ground: The requests.
@@ -44,20 +44,18 @@ def one_after_another(ground: Ground, seed: int, done: Container[str], *, known:
         found = ground.train(model, ground.requests[topic], kept, seed=seed, **options)
         model.save_pretrained(place_of, selected_adapters=[topic])
         yield ground.report(topic, model, **found)
-    yield from _withdrawals(ground, load_with(place_of, REQUESTS), done)
-
-
-def _withdrawals(ground: Ground, model: Any, done: Container[str]) -> Iterator[Row]:
+    step = f"{WITHDRAWN} withdrawn"
+    if step not in done:
+        model = load_with(place_of, REQUESTS)
+        model.delete_adapter(WITHDRAWN)
+        model.base_model.set_adapter([topic for topic in REQUESTS if topic != WITHDRAWN])
+        yield ground.report(step, model)
+    model = load_with(place_of, REQUESTS)
     for topic in REQUESTS:
         step = f"{topic} off"
         if step not in done and topic != WITHDRAWN:
             with withdrawn(model, topic):
                 yield ground.report(step, model)
-    step = f"{WITHDRAWN} withdrawn"
-    if step not in done:
-        model.delete_adapter(WITHDRAWN)
-        model.base_model.set_adapter([topic for topic in REQUESTS if topic != WITHDRAWN])
-        yield ground.report(step, model)
 
 
 def union(ground: Ground, seed: int) -> Iterator[Row]:
