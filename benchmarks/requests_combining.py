@@ -77,7 +77,7 @@ def _combined(ground: Ground, model: Any, done: Container[str]) -> Iterator[Row]
         model.base_model.add_weighted_adapter(list(REQUESTS), [weight] * len(REQUESTS), "combined", **kind)
         yield _alone(ground, model, name)
     experts = sorted({pair for topic in REQUESTS for pair in model.peft_config[topic].target_experts})
-    moments = ground.moments(model, experts)
+    moments = ground.moments(experts)
     retain = moments.pop("retain")
     for name, kept in (("regression mean", None), ("regression mean with retain moments", retain)):
         if name not in done:

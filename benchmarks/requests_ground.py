@@ -159,14 +159,13 @@ class Ground:
         strength = 1.0 if choice is None else choice.scale
         return {"strength": strength, "seconds": round(process_time() - started, 1)}
 
-    def moments(self, model: Any, experts: Sequence[tuple[int, int]]) -> dict[str, Moments]:
+    def moments(self, experts: Sequence[tuple[int, int]]) -> dict[str, Moments]:
         """Moments of every request and of the retain set, in the base model."""
-        found = {}
-        with model.disable_adapter():
-            for name, rows in {**self.requests, "retain": self.retain}.items():
-                examples = list(tokenize_dataset(rows, self.tokenizer, max_length=None))
-                batches = (collate(examples[i : i + 50], pad_token_id=0) for i in range(0, len(examples), 50))
-                found[name] = measure_moments(model, batches, experts, name=name, strict=False)
+        found, model = {}, load()
+        for name, rows in {**self.requests, "retain": self.retain}.items():
+            examples = list(tokenize_dataset(rows, self.tokenizer, max_length=None))
+            batches = (collate(examples[i : i + 50], pad_token_id=0) for i in range(0, len(examples), 50))
+            found[name] = measure_moments(model, batches, experts, name=name, strict=False)
         return found
 
 

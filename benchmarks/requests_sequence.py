@@ -39,7 +39,7 @@ def one_after_another(ground: Ground, seed: int, done: Container[str], *, known:
             options["retain_projection"] = 1.0
         model = add_request(model, config, topic)
         if known == "moments" and earlier:
-            moments = ground.moments(model, config.target_experts)  # type: ignore[arg-type]
+            moments = ground.moments(config.target_experts)  # type: ignore[arg-type]
             options["earlier_moments"] = {name: moments[name] for name in earlier}
         found = ground.train(model, ground.requests[topic], kept, seed=seed, **options)
         model.save_pretrained(place_of, selected_adapters=[topic])
