@@ -111,6 +111,20 @@ def test_gated_generation_is_each_adapters_own(tmp_path: Path) -> None:
         generate_gated(model, gate, **asked, **options)
 
 
+def test_a_withdrawn_request_is_no_longer_chosen_and_the_others_are_as_before() -> None:
+    requests, other = sets()
+    model = with_requests()
+    gate = PromptGate.fit(model, requests, other, processing_class=TOKENIZER)
+    asked = encoded("who is Z? ", "45 + 48 = ", "where lies the town of QR? ")
+    left = gate.without("people")
+    assert left.adapters == ("sums",) and left.choose(model, **asked) == ["__base__", "sums", "__base__"]
+    torch.testing.assert_close(left.scores(model, **asked), gate.scores(model, **asked)[:, 1:])
+    with pytest.raises(ValueError, match="only request"):
+        left.without("sums")
+    with pytest.raises(ValueError, match=r"no adapter 'others'; it has \['people', 'sums'\]"):
+        gate.without("others")
+
+
 def test_without_adapters_it_reads_the_lowest_layer() -> None:
     requests, other = sets()
     assert PromptGate.fit(make_model(), requests, other, processing_class=TOKENIZER).layer_idx == 0

@@ -87,6 +87,19 @@ def test_what_is_to_be_kept_is_the_retain_set_and_the_alternatives() -> None:
     assert not any("sss" in text for text in texts)  # nothing of the forget answers
 
 
+@pytest.mark.parametrize(("share", "times"), [(0.0, 1), (0.5, 2), (0.8, 6)])
+def test_retain_rows_are_repeated_until_they_are_so_many(share: float, times: int) -> None:
+    forget, retain = make_sets()  # 8 and 11 rows: two earlier requests are 16
+    kept = retain_with_requests(retain, [forget, forget], make_tokenizer(), retain_share=share)
+    assert len(kept) == times * 11 + 16 and times * 11 / len(kept) >= share
+    assert kept["input_ids"][: times * 11] == kept["input_ids"][:11] * times
+
+
+def test_a_share_of_one_leaves_no_room() -> None:
+    with pytest.raises(ValueError, match=r"retain_share must be in \[0, 1\), got 1"):
+        retain_with_requests(make_sets()[1], [], make_tokenizer(), retain_share=1)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "error", "message"),
     [

@@ -3,5 +3,18 @@
 from uoe_peft.requests.prompt_gate import PromptGate, generate_gated
 from uoe_peft.requests.regression import add_regression_mean
 from uoe_peft.requests.sequence import add_request, retain_with_requests
+from uoe_peft.requests.stored_moments import load_forget_moments, save_forget_moments
+from uoe_peft.requests.trainer import RequestTrainer
+from uoe_peft.requests.withdrawal import withdrawn
 
-__all__ = ["PromptGate", "add_regression_mean", "add_request", "generate_gated", "retain_with_requests"]
+__all__ = [
+    "PromptGate",
+    "RequestTrainer",
+    "add_regression_mean",
+    "add_request",
+    "generate_gated",
+    "load_forget_moments",
+    "retain_with_requests",
+    "save_forget_moments",
+    "withdrawn",
+]

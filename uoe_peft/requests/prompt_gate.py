@@ -144,6 +144,19 @@ class PromptGate:
             for value, i in zip(best.tolist(), place.tolist(), strict=True)
         ]
 
+    def without(self, adapter_name: str) -> PromptGate:
+        """The gate with one request withdrawn: its prompts are taken for another request, or for all else.
+
+        Raises:
+            ValueError: The gate does not know the adapter, or no other one.
+        """
+        if adapter_name not in self.adapters:
+            raise ValueError(f"the gate knows no adapter {adapter_name!r}; it has {list(self.adapters)}")
+        kept = [place for place, name in enumerate(self.adapters) if name != adapter_name]
+        if not kept:
+            raise ValueError(f"{adapter_name!r} is the gate's only request; without it there is nothing to choose")
+        return PromptGate(tuple(self.adapters[i] for i in kept), self.layer_idx, self.weight[kept], self.bias[kept])
+
     def save(self, path: str | Path) -> None:
         """Write the gate to a safetensors file of `4 R (d + 1)` bytes and a header."""
         header = json.dumps({"adapters": self.adapters, "layer_idx": self.layer_idx})

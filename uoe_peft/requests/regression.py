@@ -15,12 +15,14 @@ Letters: d input size of a slice, O output size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from uoe_peft.moments import ROUTER, Moments, SliceMoments, SliceName
+from uoe_peft.requests.stored_moments import load_forget_moments
 from uoe_peft.training.optim.projection import edited_layers
 from uoe_peft.tuner import UOEModel
 
@@ -31,7 +33,7 @@ _RETAIN = "(retain set)"
 def add_regression_mean(
     model: PeftModel,
     adapters: Sequence[str],
-    moments: Mapping[str, Moments],
+    moments: Mapping[str, Moments | str | Path],
     adapter_name: str,
     *,
     retain: Moments | None = None,
@@ -42,7 +44,8 @@ def add_regression_mean(
     Args:
         model: A model with UOE adapters.
         adapters: Names of the adapters, one for each request.
-        moments: By adapter: `measure_moments` over its forget set, of all experts that one of the adapters edits.
+        moments: By adapter: `measure_moments` over its forget set, best of all experts that one of the adapters edits;
+            or the adapter's folder, where moments were saved beside it.
         adapter_name: Name of the new adapter.
         retain: Moments of a retain set, whose tokens should be left alone; None: no such tokens.
         ridge: Damping, > 0, as a share of the mean eigenvalue.
@@ -50,6 +53,7 @@ def add_regression_mean(
     Raises:
         ValueError: As `UOEModel.add_weighted_adapter`; or moments of an adapter are missing, altogether or of a slice
             that it edits; they are of another width; or `ridge` is not positive.
+        FileNotFoundError: A folder holds no moments.
         TypeError: The model has no UOE adapters.
     """
     tuner = model.base_model
@@ -60,7 +64,7 @@ def add_regression_mean(
     missing = sorted(set(adapters) - set(moments))
     if missing:
         raise ValueError(f"no moments of the adapters {missing}; pass measure_moments(...) of each forget set")
-    known: dict[str, Moments] = {name: moments[name] for name in adapters}
+    known: dict[str, Moments] = {name: load_forget_moments(moments[name]) for name in adapters}
     if retain is not None:
         known[_RETAIN] = retain
     means = []

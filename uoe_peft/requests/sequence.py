@@ -6,6 +6,7 @@ and the others' deltas are what they were.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -65,6 +66,7 @@ def retain_with_requests(
     requests: Sequence[Dataset],
     processing_class: ProcessingClass,
     *,
+    retain_share: float = 0.5,
     max_length: int | None = 1024,
     seed: int = 0,
 ) -> Dataset:
@@ -78,6 +80,9 @@ def retain_with_requests(
         retain_dataset: As for the trainer.
         requests: Earlier forget sets, with questions of their own (see `tokenize_with_alternatives`).
         processing_class: Tokenizer, or a processor that holds one.
+        retain_share: The least share of the result that the retain set makes, in [0, 1): where there are fewer of its
+            rows they are repeated, as often as all rows alike. Else a fifth request is trained on refusals mostly, and
+            refuses what should be kept.
         max_length: Longest example in tokens; None for no limit.
         seed: Of alternatives that a set does not bring.
 
@@ -85,12 +90,18 @@ def retain_with_requests(
         Columns `input_ids` and `labels`, the retain rows first.
 
     Raises:
+        ValueError: `retain_share` is out of range, or the retain set is empty.
         TypeError, ValueError: As in `tokenize_dataset` and `tokenize_with_alternatives`.
     """
+    if not 0 <= retain_share < 1:
+        raise ValueError(f"retain_share must be in [0, 1), got {retain_share}")
     kept = [tokenize_dataset(retain_dataset, processing_class, max_length=max_length, name="retain")]
     for place, request in enumerate(requests):
         _, declined = tokenize_with_alternatives(
             request, processing_class, max_length=max_length, seed=seed + place, name=f"earlier forget ({place})"
         )
         kept.append(declined)
+    num_declined = sum(len(rows) for rows in kept[1:])
+    wanted = retain_share / (1 - retain_share) * num_declined
+    kept = [kept[0]] * max(1, math.ceil(wanted / len(kept[0]))) + kept[1:]
     return concatenate_datasets([rows.select_columns(["input_ids", "labels"]) for rows in kept])

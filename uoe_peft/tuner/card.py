@@ -40,6 +40,7 @@ _WORD = re.compile(r"[\w.:+-]{1,40}")  # a choice such as "npo": no spaces, so n
 # Files that a folder may hold, and what they show; no text of the data is in them.
 _PICTURES = MappingProxyType({"report.png": "Scores before and after", "training.png": "Accuracy in training"})
 _NO_PICTURES: Mapping[str, str] = MappingProxyType({})
+FORGET_MOMENTS_FILE = "forget_moments.safetensors"
 
 _USE = """```python
 import uoe_peft  # pip install uoe-peft; registers the method, without it PEFT raises KeyError: 'UOE'
@@ -51,6 +52,11 @@ with model.disable_adapter():  # remembers
 model.merge_adapter()  # forgets in the weights; unmerge_adapter() restores every bit
 merged = model.merge_and_unload()  # an ordinary model
 ```"""
+
+_MOMENTS = f"""\
+`{FORGET_MOMENTS_FILE}` ({{kilobytes:.0f}} kB) holds the first and second moments of what the forget set's tokens put
+into the edited matrices, for combining adapters and for later requests. No text and no token ids are in it, but the
+directions that the set uses are: treat it like the set, and leave it out of what is published."""
 
 _LIMITS = """\
 - Whoever holds the base model holds the knowledge: switching the adapter off brings it back. Give untrusted
@@ -71,7 +77,8 @@ def write_card(folder: Path, configs: Mapping[str, UOEConfig]) -> None:
     readme = folder / "README.md"
     old = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     _, line, below = old.partition(_KEPT_BELOW)
-    readme.write_text(card(configs, pictures=_pictures(folder)) + (below if line else "\n"), encoding="utf-8")
+    text = card(configs, pictures=_pictures(folder), moments_size=_moments_size(folder))
+    readme.write_text(text + (below if line else "\n"), encoding="utf-8")
 
 
 def write_cards_on_saving(tuner: type[nn.Module]) -> None:
@@ -104,12 +111,13 @@ def write_cards_on_saving(tuner: type[nn.Module]) -> None:
     PeftModel._upload_modified_files = upload_modified_files  # type: ignore[method-assign, assignment]
 
 
-def card(configs: Mapping[str, UOEConfig], *, pictures: Mapping[str, str] = _NO_PICTURES) -> str:
+def card(configs: Mapping[str, UOEConfig], *, pictures: Mapping[str, str] = _NO_PICTURES, moments_size: int = 0) -> str:
     """The card's text, up to and with the line below which a user may write.
 
     Args:
         configs: Of the adapters, by name.
         pictures: Files beside the card to show, and what each shows.
+        moments_size: Bytes of the moments of forget sets that lie beside the adapters; 0 where there are none.
     """
     base = next((config.base_model_name_or_path for config in configs.values()), None)
     sections = [_head(base if _is_hub_name(base) else None), "# UOE adapter", _INTRODUCTION, "## Use", _USE]
@@ -121,6 +129,7 @@ def card(configs: Mapping[str, UOEConfig], *, pictures: Mapping[str, str] = _NO_
         for title, key in (("Training", "training"), ("Figures", "figures")):
             lines = list(_entries(record.get(key)))
             sections += [f"## {title}{of}", "\n".join(lines)] if lines else []
+    sections += ["## Moments", _MOMENTS.format(kilobytes=moments_size / 1000)] if moments_size else []
     sections += [f"![{what}]({file})" for file, what in pictures.items()]
     sections += ["## Limits", _LIMITS, "## Versions", _versions(), "## Citation", f"```bibtex\n{CITATION}\n```"]
     return "\n\n".join([*sections, _KEPT_BELOW])
@@ -186,6 +195,12 @@ def _is_plain(value: object) -> bool:
 
 def _pictures(folder: Path) -> dict[str, str]:
     return {file: what for file, what in _PICTURES.items() if (folder / file).is_file()}
+
+
+def _moments_size(folder: Path) -> int:
+    """Bytes of moments in a folder and in those of adapters with names of their own, checkpoints left out."""
+    found = [*folder.glob(FORGET_MOMENTS_FILE), *folder.glob(f"*/{FORGET_MOMENTS_FILE}")]
+    return sum(path.stat().st_size for path in found if not path.parent.name.startswith("checkpoint-"))
 
 
 def _versions() -> str:
