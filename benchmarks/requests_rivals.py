@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from uoe_peft.data import Batch, collate, tokenize_dataset
 from uoe_peft.requests import RequestTrainer
 
-PENALTY = 0.1  # of the overlap of successive A matrices, as in O3's released settings
+PENALTY = 0.1  # of the overlap of successive A matrices
 KEPT_SHARE = 0.97  # of the retain rows' probability, in each request
 STRENGTHS = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
 
