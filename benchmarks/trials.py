@@ -53,6 +53,7 @@ COLUMNS = ("forget", "retain", "relearned", "one silent", "all silent", "old wei
 KEPT = 0.90  # share of the base's retain score
 ALL_LOSSES: dict[str, tuple[dict[str, Any], float]] = {
     **LOSSES,
+    "NPO, twice the retain weight": ({**NPO, "retain_weight": 16.0}, 1.0),
     "RMU, beta 20": ({**RMU, "beta": 20.0}, 1.0),
     "refusals": ({"forget_loss": "idk", "retain_weight": NPO["retain_weight"]}, 1.0),
 }
@@ -82,41 +83,49 @@ class Trial:
         rates: Learning rates to choose from.
         losses: Of `depth.LOSSES`, one after the other in equal shares of the steps.
         aid: What is tried beside.
+        own: Further settings of the trainer.
     """
 
     part: str
     rates: tuple[float, ...]
     losses: tuple[str, ...] = (DEMO,)
     aid: Aid = field(default_factory=Aid)
+    own: dict[str, Any] = field(default_factory=dict)
 
 
 RATES = {"1": 5e-3, "8, upper": 2e-3, "LoRA": 3e-3, "all": 5e-4}  # of others 3e-3; chosen by `depth.py` on seed 0
-FAST = ("RMU, beta 10",)
+CAREFUL = ("NPO, twice the retain weight",)
+STEERED = ("RMU, beta 10",)
 
 
-def trial(part: str, losses: tuple[str, ...] = (DEMO,), *, factors: tuple[float, ...] = (1.0,), **aid: Any) -> Trial:
-    """A trial at the rate that is usual for what it trains, or at multiples of it."""
-    rate = RATES.get(part, 3e-3)
-    return Trial(part, tuple(rate * factor for factor in factors), losses, Aid(**aid))
+# Settings of the trainer: as the attack that is scored, and as sharpness-aware steps, radius 1e-3 of each weight.
+RELEARNED = {"relearner_steps": 24}
+SHARP = {"relearner_steps": 2, "relearner_rate": 1e-3}
+
+
+def trial(part: str, losses: tuple[str, ...] = (DEMO,), own: Any = None, *, factor: float = 1.0, **aid: Any) -> Trial:
+    """A trial at the rate that is usual for what it trains, or at a multiple of it."""
+    return Trial(part, (RATES.get(part, 3e-3) * factor,), losses, Aid(**aid), own or {})
 
 
 TRIALS: dict[str, Trial] = {
     # Where, and how many.
     **{f"NPO: {part}": trial(part) for part in PARTS},
-    **{f"RMU 10: {part}": trial(part, FAST) for part in PARTS},
+    **{f"RMU 10: {part}": trial(part, STEERED) for part in PARTS},
     **{f"RMU 20: {part}": trial(part, ("RMU, beta 20",)) for part in ("1", "1 of layer 0", "8")},
-    **{f"RMU 10, then refusals: {part}": trial(part, (*FAST, "refusals")) for part in ("1", "1 of layer 0", "8")},
+    **{f"RMU 10, then refusals: {part}": trial(part, (*STEERED, "refusals")) for part in ("1", "1 of layer 0", "8")},
     # The expert as it begins.
     **{f"NPO: {part}, from others": trial(part, start="others") for part in ("1", "1 of layer 0", "8")},
     **{f"NPO: {part}, from noise": trial(part, start="noise") for part in ("1", "1 of layer 0", "8")},
     # A second forget pass.
     **{f"NPO: {part}, knocked out": trial(part, knocked_out=True) for part in PARTS if part not in ("LoRA", "all")},
-    **{f"NPO: {part}, adversary": trial(part, adversary=24) for part in PARTS},
-    **{f"RMU 10: {part}, adversary": trial(part, FAST, adversary=24) for part in PARTS},
-    **{f"NPO: {part}, sharpness": trial(part, sharpness=0.5) for part in PARTS},
+    **{f"NPO: {part}, relearner": trial(part, own=RELEARNED) for part in PARTS},
+    **{f"RMU 10: {part}, relearner": trial(part, STEERED, RELEARNED) for part in PARTS},
+    **{f"NPO: {part}, sharpness": trial(part, own=SHARP) for part in PARTS},
+    **{f"NPO 16: {part}, relearner": trial(part, CAREFUL, RELEARNED) for part in PARTS},
     # The course of training.
-    **{f"NPO: {part}, healed": trial(part, factors=(2.0,), forget_share=0.5) for part in PARTS},
-    **{f"NPO: {part}, averaged": trial(part, factors=(2.0,), average_from=0.5) for part in PARTS},
+    **{f"NPO: {part}, healed": trial(part, factor=2.0, forget_share=0.5) for part in PARTS},
+    **{f"NPO: {part}, averaged": trial(part, factor=2.0, average_from=0.5) for part in PARTS},
 }
 
 
@@ -237,8 +246,8 @@ class Ground:
                         learning_rate=rate * factor,
                         max_steps=steps // len(trial.losses),
                         seed=seed,
-                        prefix_cache=False if trial.aid.moves_all_weights else "auto",
                         **own,
+                        **trial.own,
                     ),
                     train_dataset=self.forget,
                     retain_dataset=self.retain,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,30 +27,14 @@ class Aid:
         start: The edited experts begin as they are, as the mean of their layer's others, or as noise of their size.
         knocked_out: Every step has a second forget pass in which edited experts, half of them on average and never
             all of several, are silent or have their old weights.
-        adversary: Every step has a second forget pass through weights that an adversary moved: AdamW on the forget
-            answers, one step of its own after each, on all weights that the model has. It begins anew after so many
-            steps. 0: there is none.
-        sharpness: The second forget pass is where the answers' likelihood rises fastest, so far from all weights.
         forget_share: Share of the steps that forget; in the rest only the retain loss is left.
         average_from: Share of the steps after which weights are averaged; 1: the last ones are taken.
     """
 
     start: Literal["base", "others", "noise"] = "base"
     knocked_out: bool = False
-    adversary: int = 0
-    sharpness: float = 0.0
     forget_share: float = 1.0
     average_from: float = 1.0
-
-    @property
-    def weakens(self) -> bool:
-        """Whether steps have a second forget pass."""
-        return self.knocked_out or self.adversary > 0 or self.sharpness > 0
-
-    @property
-    def moves_all_weights(self) -> bool:
-        """Whether what enters the lowest edited layer changes from step to step."""
-        return self.adversary > 0 or self.sharpness > 0
 
 
 class AidedTrainer(UnlearningTrainer):
@@ -69,7 +53,6 @@ class AidedTrainer(UnlearningTrainer):
         self._draw = random.Random(self.args.seed)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         set_start(self.model, aid.start, seed=self.args.seed)
-        self._adversary = Adversary(self.model) if aid.moves_all_weights else None
         if aid.average_from < 1:
             self.add_callback(Average(self._trained, aid.average_from))
 
@@ -78,81 +61,11 @@ class AidedTrainer(UnlearningTrainer):
         if self.state.global_step >= self.aid.forget_share * self.args.max_steps:
             self.args.forget_weight = self.args.alternative_weight = 0.0
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.aid.weakens and self.args.forget_weight:
+        if self.aid.knocked_out and self.args.forget_weight:
             again = {role: batch for role, batch in self._prepare_inputs(inputs).items() if role != "retain"}
-            self._forget_again(model, again)
+            with knocked_out(model, self._experts, self._draw), self._reusing(again):
+                self.objective.step(model, again, self._trace, self._step.counts).loss(self.args).backward()
         return loss
-
-    def _forget_again(self, model: nn.Module, batches: dict[str, Any]) -> None:
-        adversary = self._adversary
-        if adversary is None:
-            with knocked_out(model, self._experts, self._draw):
-                self._forget(model, batches).loss(self.args).backward()
-            return
-        if self.aid.sharpness:
-            adversary.reset()
-            with adversary.applied():
-                adversary.climb(self._forget(model, batches).outputs.log_probs.mean(), self.aid.sharpness)
-        elif self.state.global_step % self.aid.adversary == 0:
-            adversary.reset()
-        with adversary.applied():
-            step = self._forget(model, batches)
-            gradients = torch.autograd.grad(
-                step.loss(self.args), self._trained, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            if self.aid.adversary:
-                adversary.attack(step.outputs.log_probs.mean())
-        for parameter, gradient in zip(self._trained, gradients, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-
-    def _forget(self, model: nn.Module, batches: dict[str, Any]) -> Any:
-        with self._reusing(batches):
-            return self.objective.step(model, batches, self._trace, self._step.counts)
-
-
-class Adversary:
-    """Offsets of a model's weights, of all those that training does not move, or of all where it moves all."""
-
-    def __init__(self, model: nn.Module, *, rate: float = 2e-4) -> None:
-        # Moving a frozen slice of an edited expert moves the edited slice as far: its delta is added to it.
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        self._weights = frozen or list(model.parameters())
-        self._rate = rate
-        self.reset()
-
-    def reset(self) -> None:
-        """Back to the model's own weights."""
-        self._offsets = [torch.zeros_like(weight, requires_grad=True) for weight in self._weights]
-        self._optimizer = torch.optim.AdamW(self._offsets, lr=self._rate, weight_decay=0.0)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside the context the model has the moved weights, and they have gradients."""
-        before = [(weight, weight.detach().clone(), weight.requires_grad) for weight in self._weights]
-        for weight, offset in zip(self._weights, self._offsets, strict=True):
-            weight.data.add_(offset.detach())
-            weight.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for weight, own, trained in before:
-                weight.data.copy_(own)
-                weight.requires_grad_(trained)
-
-    def attack(self, likelihood: Tensor) -> None:
-        """One step of AdamW towards a higher likelihood; holds for the next time."""
-        for offset, gradient in zip(self._offsets, self._gradients(likelihood), strict=True):
-            offset.grad = -gradient
-        self._optimizer.step()
-
-    def climb(self, likelihood: Tensor, radius: float) -> None:
-        """As far as `radius`, in Euclidean length, where the likelihood rises fastest."""
-        gradients = self._gradients(likelihood)
-        length = torch.stack([gradient.norm() for gradient in gradients]).norm()
-        self._offsets = [gradient * (radius / length) for gradient in gradients]
-
-    def _gradients(self, likelihood: Tensor) -> Sequence[Tensor]:
-        return torch.autograd.grad(likelihood, self._weights, allow_unused=True, materialize_grads=True)
 
 
 @contextmanager
