@@ -205,7 +205,7 @@ class Ground:
         self.learned_again = self.forget.select(learned[:40])
         asked = {
             "forget": self.forget.select([i for i in range(len(self.forget)) if i % 4]),
-            "retain": halves["test"].select(range(300)),
+            "retain": halves["test"].select(range(min(300, len(halves["test"])))),
         }
         self.asked = {role: self._questions(rows, role) for role, rows in asked.items()}
         self.found = attribute_experts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,11 @@ def test_weights_are_what_they_were_whatever_happens_inside(uoe_model: nn.Module
         assert parameter.requires_grad == before[name][1]
 
 
+def test_numpys_numbers_are_numbers(make_trainer: Any) -> None:
+    args = make_trainer(relearner_steps=np.int64(3), relearner_rate=np.float32(0.5)).args
+    assert (type(args.relearner_steps), args.relearner_steps, args.relearner_rate) == (int, 3, 0.5)
+
+
 def test_the_log_says_how_far_answers_come_back(make_trainer: Any) -> None:
     trainer = make_trainer(
         forget_loss="npo", max_steps=3, learning_rate=0.0, calibrate=False, relearner_steps=9, relearner_rate=2e-2
@@ -154,6 +160,12 @@ def test_the_log_says_how_far_answers_come_back(make_trainer: Any) -> None:
 def test_where_the_prefix_cache_would_be_wrong_there_is_none(make_trainer: Any) -> None:
     trainer = make_trainer(relearner_steps=3, prefix_cache=True, max_steps=4)
     with pytest.raises(ValueError, match="relearner_steps=3 moves every layer"):
+        trainer.train()
+
+
+def test_a_relearner_that_runs_away_is_told_of(make_trainer: Any) -> None:
+    trainer = make_trainer(relearner_steps=9, relearner_rate=1e30, max_steps=4)
+    with pytest.raises(FloatingPointError, match=r"after 1 steps of a simulated relearning .* lower relearner_rate=1e"):
         trainer.train()
 
 

@@ -42,7 +42,7 @@ class OptimiserOptions:
             one step of AdamW to each step of training, and its gradient is added. He begins anew after so many steps.
             Less comes back in relearning, and something more of the rest is lost (benchmarks/RESULTS.md). Moves every
             layer, so that there is no prefix cache; takes twice the time or more, and memory for five float32 copies
-            of the model. One process, weights in float32. 0: off.
+            of the model. One process, weights in float32. A resumed run begins with a fresh relearner. 0: off.
         relearner_rate: His learning rate, > 0, constant.
     """
 

@@ -59,7 +59,16 @@ class Relearner:
         Args:
             nll: What the relearner lowers: negative log-likelihood of the answers to be forgotten. Scalar.
             gradients_of: The loss whose gradient is added to that of the trained parameters. Scalar.
+
+        Raises:
+            FloatingPointError: Either is not finite.
         """
+        for name, loss in (("likelihood of the forget answers", nll), ("loss", gradients_of)):
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"after {self._taken} steps of a simulated relearning the {name} is {loss.item()}: lower "
+                    f"relearner_rate={self._learning_rate:g}, or learning_rate if it was lost before"
+                )
         for parameter, gradient in zip(self.trained, _gradients(gradients_of, self.trained), strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         for offset, gradient in zip(self.offsets, _gradients(nll, self.weights), strict=True):
