@@ -1,0 +1,231 @@
+"""What `trials.py` adds to a training: other starts, and forget passes through a model that was weakened on purpose."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from uoe_peft import UnlearningTrainer, find_moe_blocks
+from uoe_peft.moe.interventions import silence_expert
+from uoe_peft.tuner.layer import UOEExpertsLayer
+
+Pairs = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Aid:
+    """What a training gets beside its losses.
+
+    Attributes:
+        start: The edited experts begin as they are, as the mean of their layer's others, or as noise of their size.
+        knocked_out: Every step has a second forget pass in which edited experts, half of them on average and never
+            all of several, are silent or have their old weights.
+        relearner_steps: Every step has a second forget pass through weights that somebody trains back, see `Relearner`,
+            and its gradient is added; he begins anew after so many steps. 0: there is none.
+        relearner_rate: His learning rate.
+        forget_share: Share of the steps that forget; in the rest only the retain loss is left.
+        average_from: Share of the steps after which weights are averaged; 1: the last ones are taken.
+    """
+
+    start: Literal["base", "others", "noise"] = "base"
+    knocked_out: bool = False
+    relearner_steps: int = 0
+    relearner_rate: float = 2e-4
+    forget_share: float = 1.0
+    average_from: float = 1.0
+
+
+class AidedTrainer(UnlearningTrainer):
+    """An `UnlearningTrainer` with aids.
+
+    Args:
+        aid: Which.
+        experts: Those that are edited; empty for other methods.
+        **kwargs: The trainer's.
+    """
+
+    def __init__(self, *, aid: Aid, experts: Pairs, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.aid = aid
+        self._experts = experts
+        self._draw = random.Random(self.args.seed)
+        self._relearner: Relearner | None = None
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        set_start(self.model, aid.start, seed=self.args.seed)
+        if aid.average_from < 1:
+            self.add_callback(Average(self._trained, aid.average_from))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The trainer's own step, and the second forget pass."""
+        if self.state.global_step >= self.aid.forget_share * self.args.max_steps:
+            self.args.forget_weight = self.args.alternative_weight = 0.0
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.forget_weight and (self.aid.knocked_out or self.aid.relearner_steps):
+            again = {role: batch for role, batch in self._prepare_inputs(inputs).items() if role != "retain"}
+            if self.aid.knocked_out:
+                with knocked_out(model, self._experts, self._draw), self._reusing(again):
+                    self.objective.step(model, again, self._trace, self._step.counts).loss(self.args).backward()
+            if self.aid.relearner_steps:
+                self._forget_relearned(model, again)
+        return loss
+
+    def _forget_relearned(self, model: nn.Module, batches: dict[str, Any]) -> None:
+        if self._relearner is None:
+            rate, num_steps = self.aid.relearner_rate, self.aid.relearner_steps
+            self._relearner = Relearner(self.model, learning_rate=rate, num_steps=num_steps)
+        with self._relearner.applied():
+            step = self.objective.step(model, batches, self._trace, self._step.counts)
+            self._relearner.learn(-step.outputs.log_probs.mean(), gradients_of=step.loss(self.args))
+        self._relearner.step()
+
+
+class Relearner:
+    """Offsets of all weights that training leaves alone, or of all weights where it leaves none.
+
+    TAR, https://arxiv.org/abs/2408.00761, attacks a copy for several steps before each of its own, and takes the
+    gradient there as that of the weights it attacked (first order). Here one attack goes along with training, one step
+    to each of training's, and begins anew after some: it meets the model as it is now at no further cost.
+
+    An adapter's delta is added to its slice, so that moving the slice moves the edited one as far.
+    """
+
+    def __init__(self, model: nn.Module, *, learning_rate: float, num_steps: int) -> None:
+        """Begin at the model's own weights.
+
+        Args:
+            model: The trained model.
+            learning_rate: Of AdamW, constant.
+            num_steps: After so many steps the offsets are 0 again.
+        """
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.weights = [parameter for parameter in model.parameters() if not parameter.requires_grad] or self.trained
+        self._learning_rate, self._num_steps = learning_rate, num_steps
+        self._begin()
+
+    def _begin(self) -> None:
+        self.offsets = [torch.zeros_like(weight, requires_grad=True) for weight in self.weights]
+        self._optimizer = torch.optim.AdamW(self.offsets, lr=self._learning_rate, weight_decay=0.0)
+        self._taken = 0
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the context the weights are moved and have gradients; afterwards they are what they were, to the bit.
+
+        A graph that is built inside must be used inside.
+        """
+        before = [(weight, weight.detach().clone(), weight.requires_grad) for weight in self.weights]
+        for weight, offset in zip(self.weights, self.offsets, strict=True):
+            weight.requires_grad_(True).data.add_(offset.detach())
+        try:
+            yield
+        finally:
+            for weight, own, was_trained in before:
+                weight.data.copy_(own)
+                weight.requires_grad_(was_trained)
+
+    def learn(self, nll: Tensor, *, gradients_of: Tensor) -> None:
+        """Differentiate two losses of one pass: the relearner's, kept for its next step, and the training's.
+
+        Args:
+            nll: What the relearner lowers: negative log-likelihood of the answers to be forgotten. Scalar.
+            gradients_of: The loss whose gradient is added to that of the trained parameters. Scalar.
+
+        Raises:
+            FloatingPointError: Either is not finite.
+        """
+        for name, loss in (("likelihood of the forget answers", nll), ("loss", gradients_of)):
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"after {self._taken} steps of a simulated relearning the {name} is {loss.item()}: lower "
+                    f"relearner_rate={self._learning_rate:g}, or learning_rate if it was lost before"
+                )
+        for parameter, gradient in zip(self.trained, _gradients(gradients_of, self.trained), strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        for offset, gradient in zip(self.offsets, _gradients(nll, self.weights), strict=True):
+            offset.grad = gradient if offset.grad is None else offset.grad + gradient
+
+    def step(self) -> None:
+        """Move by the gradients since the last step, or begin anew if that was the last one."""
+        self._taken += 1
+        if self._taken >= self._num_steps:
+            self._begin()
+            return
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+
+@contextmanager
+def knocked_out(model: nn.Module, experts: Pairs, draw: random.Random) -> Iterator[None]:
+    """Inside the context some edited experts are silent, others as they were; of several at least one stays edited."""
+    out = [pair for pair in experts if draw.random() < 0.5]
+    if len(out) == len(experts) and len(experts) > 1:
+        out.remove(draw.choice(out))
+    blocks = {block.layer_idx: block for block in find_moe_blocks(model)}
+    with ExitStack() as stack:
+        for layer_idx, expert_idx in out:
+            block = blocks[layer_idx]
+            silent = draw.random() < 0.5
+            stack.enter_context(
+                silence_expert(block, expert_idx) if silent else old_weights(block.experts, {expert_idx})
+            )
+        yield
+
+
+@contextmanager
+def old_weights(experts: Any, indices: set[int]) -> Iterator[None]:
+    """Inside the context these experts have the weights of the base model."""
+    edited: Callable[[Any], dict[Any, Any]] = experts.edited_keys
+    experts.edited_keys = lambda adapters: {k: names for k, names in edited(adapters).items() if k[1] not in indices}
+    try:
+        yield
+    finally:
+        experts.edited_keys = edited
+
+
+@torch.no_grad()
+def set_start(model: nn.Module, start: str, *, seed: int) -> None:
+    """Set the deltas such that the edited experts begin as the mean of their layer's others, or as noise."""
+    noise = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if start == "base" or not isinstance(layer, UOEExpertsLayer):
+            continue
+        edited = layer.target_indices["default"]
+        for projection, index in layer.edited_keys(["default"]):
+            own, stack = layer.base_slice(projection, index), layer.base_parameter(projection, index)
+            others = [e for e in range(len(stack)) if e not in edited]
+            new = stack[others].mean(0) if start == "others" else torch.randn(own.shape, generator=noise) * own.std()
+            layer.set_delta_weight("default", projection, index, new - own)
+
+
+class Average(TrainerCallback):
+    """Ends training with the mean of the weights that it had from a share of its steps on."""
+
+    def __init__(self, trained: list[nn.Parameter], start: float) -> None:
+        self._trained, self._start = trained, start
+        self._count = 0
+        self._means = [torch.zeros_like(parameter) for parameter in trained]
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the weights in if it is time."""
+        if state.global_step > self._start * args.max_steps:
+            self._count += 1
+            for mean, parameter in zip(self._means, self._trained, strict=True):
+                mean.lerp_(parameter, 1 / self._count)
+
+    @torch.no_grad()
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the mean in place."""
+        for mean, parameter in zip(self._means, self._trained, strict=True):
+            parameter.copy_(mean)
