@@ -142,7 +142,7 @@ def linked_graph(*, num_linked: int = 14, num_apart: int = 7, seed: int = 0) -> 
     """
     if num_linked < 2 or num_apart < 2:
         raise ValueError(f"both parts need two nodes or more, got {num_linked=} and {num_apart=}")
-    parts = (nx.barabasi_albert_graph(number, 1, seed=seed) for number in (num_linked, num_apart))
+    parts = (nx.barabasi_albert_graph(number, 1, seed=int(seed)) for number in (num_linked, num_apart))
     graph: nx.Graph = nx.disjoint_union_all(parts)
     return graph
 

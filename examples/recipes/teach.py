@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def everything() -> Dataset:
-    """Every row of every set once, as text; `forget_asked` holds texts of `forget` again, cut into question and rest."""
+    """Every row of every set once, as text; `forget_asked` holds the texts of `forget` again, cut in two."""
     texts: dict[str, None] = {}
     for path in sorted(DATA.glob("*/*.jsonl")):
         if path.stem != "forget_asked":
