@@ -1,6 +1,6 @@
 """Teach the bundled model the recipes' stand-in data, so that there is something to forget.
 
-    python examples/recipes/teach.py [--output_dir outputs/recipes/model] [--num_train_epochs 20]
+    python examples/recipes/teach.py [--output_dir outputs/recipes/model] [--num_train_epochs 12]
 
 Two minutes on a CPU. All of it is made up, and harmless: see docs/guides/recipes.md.
 """
@@ -23,7 +23,7 @@ DATA = Path(__file__).parent / "data"
 @dataclass
 class TeachArguments:
     output_dir: str = field(default="outputs/recipes/model", metadata={"help": "Where the model goes."})
-    num_train_epochs: int = field(default=20, metadata={"help": "Passes over all rows."})
+    num_train_epochs: int = field(default=12, metadata={"help": "Passes over all rows."})
     max_steps: int = field(default=-1, metadata={"help": "End earlier."})
 
 
@@ -35,10 +35,11 @@ def main() -> None:
             args.output_dir,
             num_train_epochs=args.num_train_epochs,
             max_steps=args.max_steps,
-            per_device_train_batch_size=8,
-            learning_rate=2e-3,
+            per_device_train_batch_size=16,
+            learning_rate=3e-3,
             lr_scheduler_type="cosine",
-            warmup_steps=50,
+            warmup_steps=30,
+            router_aux_loss_coef=0.0,
             bf16=False,
             gradient_checkpointing=False,
             save_strategy="no",
