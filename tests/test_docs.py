@@ -64,9 +64,10 @@ def test_a_command_names_a_stage_and_its_options(page: str, command: str) -> Non
 
 
 def test_the_paper_index_has_every_paper_that_the_code_names() -> None:
+    code = [*Path(uoe_peft.__file__).parent.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     named = {
         number
-        for path in Path(uoe_peft.__file__).parent.rglob("*.py")
+        for path in [*code, *(DOCS / "guides").glob("*.md")]
         for number in re.findall(r"\b\d{4}\.\d{5}\b", path.read_text(encoding="utf-8"))
     }
     indexed = set(re.findall(r"arxiv\.org/abs/(\d{4}\.\d{5})", TEXTS["docs/papers.md"]))
