@@ -18,6 +18,7 @@ from uoe_peft.cli.help import help_of
 
 STAGES = {
     "demo": "find the expert of a topic, unlearn it, switch it on and off, on a small bundled model",
+    "factorize": "put the neurons of a dense model into groups, so that it has experts",
     "attribute": "rank the experts of a model by how much they serve a forget set",
     "unlearn": "train an adapter that forgets a set",
     "solve": "solve for an adapter that forgets a set, without training",
