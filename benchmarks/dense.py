@@ -42,15 +42,15 @@ NUM_GROUPS = 8
 # What is trained, and at which rate.
 METHODS = {
     "base": 0.0,
-    "clustered, gate": 5e-3,
     "clustered, contrast": 5e-3,
-    "clustered, ablation": 5e-3,
-    "clustered, random": 5e-3,
-    "random groups, contrast": 5e-3,
-    "random groups, ablation": 5e-3,
-    "clustered, contrast, 1 of each layer": 3e-3,
     "LoRA": 3e-3,
     "all parameters": 5e-4,
+    "clustered, ablation": 5e-3,
+    "random groups, contrast": 5e-3,
+    "clustered, random": 5e-3,
+    "random groups, ablation": 5e-3,
+    "clustered, contrast, 1 of each layer": 3e-3,
+    "clustered, gate": 5e-3,
 }
 
 

@@ -18,7 +18,6 @@ from uoe_peft.cli.help import help_of
 
 STAGES = {
     "demo": "find the expert of a topic, unlearn it, switch it on and off, on a small bundled model",
-    "factorize": "put the neurons of a dense model into groups, so that it has experts",
     "attribute": "rank the experts of a model by how much they serve a forget set",
     "unlearn": "train an adapter that forgets a set",
     "solve": "solve for an adapter that forgets a set, without training",
@@ -31,6 +30,7 @@ STAGES = {
     "inspect": "say what is in an adapter: layers, experts, ranks, norms, origin",
     "app": "serve a page that answers a question with forgetting off and on, and shows its routing",
     "plan": "say how much memory and time unlearning takes, from a model's configuration alone",
+    "factorize": "put the neurons of a dense model into groups, so that it has experts",
 }
 
 USAGE = "\n".join(

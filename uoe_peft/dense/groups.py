@@ -41,17 +41,17 @@ class NeuronGroups:
         if not self.by_layer:
             raise ValueError("the groups name no layer; expected the group of each neuron of at least one layer")
         for layer_idx, groups in self.by_layer.items():
-            if groups.dim() != 1 or groups.is_floating_point() or groups.dtype == torch.bool:
+            if groups.dim() != 1 or groups.is_floating_point() or groups.dtype == torch.bool or not len(groups):
                 raise ValueError(
                     f"the groups of layer {layer_idx} have shape {tuple(groups.shape)} and dtype {groups.dtype}; "
                     "expected one integer for each neuron"
                 )
-            sizes = torch.bincount(groups.clamp(min=0).long(), minlength=self.num_groups)
-            if int(groups.min()) < 0 or len(sizes) > self.num_groups or len(sizes.unique()) > 1:
+            numbers, sizes = groups.unique(return_counts=True)
+            if numbers.tolist() != list(range(self.num_groups)) or len(sizes.unique()) > 1:
+                held = dict(zip(numbers.tolist()[:9], sizes.tolist(), strict=False))
                 raise ValueError(
-                    f"the {len(groups)} neurons of layer {layer_idx} are in groups of sizes {sizes.tolist()[:9]}, "
-                    f"numbered from {int(groups.min())}; expected {self.num_groups} groups of equal size, numbered "
-                    "from 0"
+                    f"the {len(groups)} neurons of layer {layer_idx} are in groups of the sizes {held}; expected "
+                    f"{self.num_groups} groups of equal size, numbered from 0"
                 )
 
     @classmethod
