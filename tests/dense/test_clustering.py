@@ -59,11 +59,14 @@ def test_effects_are_means_over_the_tokens_of_each_sequence(model: PreTrainedMod
         with torch.no_grad():
             states = model.model(torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states
             layer = model.model.layers[0]
-            attended = states[0] + layer.self_attn(
-                layer.input_layernorm(states[0]),
-                position_embeddings=model.model.rotary_emb(states[0], torch.arange(len(row["input_ids"]))[None]),
-                attention_mask=None,
-            )[0]
+            attended = (
+                states[0]
+                + layer.self_attn(
+                    layer.input_layernorm(states[0]),
+                    position_embeddings=model.model.rotary_emb(states[0], torch.arange(len(row["input_ids"]))[None]),
+                    attention_mask=None,
+                )[0]
+            )
             x = layer.post_attention_layernorm(attended)[0]
             mlp = layer.mlp
             activations = torch.nn.functional.silu(x @ mlp.gate_proj.weight.T) * (x @ mlp.up_proj.weight.T)

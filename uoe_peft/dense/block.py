@@ -34,6 +34,7 @@ class GroupedExperts(nn.Module):
         self.neurons_fingerprint = fingerprint
         self.act_fn = cast(Any, mlp).act_fn
         with torch.no_grad():
+            neurons = neurons.to(down.weight.device)
             # Rows of gate and up: (I, H) -> (E, H, i) each, side by side.
             stacks = [linear.weight[neurons].transpose(1, 2) for linear in (gate, up)]
             self.gate_up_proj = _as_parameter(torch.cat(stacks, dim=2), like=gate.weight)
@@ -98,15 +99,13 @@ class GroupedMLP(nn.Module):
         fingerprint: Of the layer's groups.
     """
 
-    neurons: Tensor
-
     def __init__(self, mlp: nn.Module, neurons: Tensor, *, fingerprint: str) -> None:
         super().__init__()
         down = cast(nn.Linear, mlp.get_submodule("down_proj"))
         self.router = AllGroups(len(neurons), down.out_features)
-        self.experts = GroupedExperts(mlp, neurons.to(down.weight.device), fingerprint=fingerprint)
+        self.experts = GroupedExperts(mlp, neurons, fingerprint=fingerprint)
         self.bias = down.bias  # of the whole output, so of no group
-        self.register_buffer("neurons", neurons.to(down.weight.device), persistent=False)
+        self.neurons = neurons  # no buffer: of a model without weights it is needed, too
         self.train(mlp.training)
         # In a tuple, so that it is no part of the model meanwhile: it has no weights.
         self._emptied = (mlp,)
@@ -128,7 +127,8 @@ class GroupedMLP(nn.Module):
     @torch.no_grad()
     def dense(self) -> nn.Module:
         """The dense layer with the groups' weights, every neuron in its place."""
-        (mlp,), experts, order = self._emptied, self.experts, self.neurons.flatten()
+        (mlp,), experts = self._emptied, self.experts
+        order = self.neurons.flatten().to(experts.down_proj.device)
         gate, up = experts.gate_up_proj.chunk(2, dim=2)  # (E, H, i) each
         rows = {
             "gate_proj": gate.transpose(1, 2).flatten(0, 1),

@@ -29,6 +29,7 @@ class NeuronEdit:
         rows: Rows of the slice.
         columns: Columns of the slice.
         neurons: The group's neurons. Shape `(i,)`.
+        num_neurons: I.
         dim: Dimension of the dense matrix along which neurons lie: 0 of `gate_proj` and `up_proj`, 1 of `down_proj`.
     """
 
@@ -36,6 +37,7 @@ class NeuronEdit:
     rows: range
     columns: range
     neurons: Tensor
+    num_neurons: int
     dim: int
 
     def apply(self, weight: Tensor) -> None:
@@ -62,14 +64,14 @@ def neuron_edits(edits: Sequence[SliceEdit], model: nn.Module) -> Mapping[str, l
         path = paths[edit.layer_idx]
         block = model.get_submodule(path)
         assert isinstance(block, GroupedMLP) and edit.expert_idx is not None
-        neurons = block.neurons[edit.expert_idx].cpu()
+        own, num_neurons = block.neurons[edit.expert_idx], block.neurons.numel()
         rows, columns = (range(size) for size in edit.target.shape)
         if edit.projection == "down_proj":  # (i, H)
-            by_matrix[f"{path}.down_proj.weight"].append(NeuronEdit(edit, rows, columns, neurons, 1))
+            by_matrix[f"{path}.down_proj.weight"].append(NeuronEdit(edit, rows, columns, own, num_neurons, 1))
             continue
         half = len(columns) // 2  # (H, 2i): gate, then up
-        for name, own in (("gate_proj", columns[:half]), ("up_proj", columns[half:])):
-            by_matrix[f"{path}.{name}.weight"].append(NeuronEdit(edit, rows, own, neurons, 0))
+        for name, part in (("gate_proj", columns[:half]), ("up_proj", columns[half:])):
+            by_matrix[f"{path}.{name}.weight"].append(NeuronEdit(edit, rows, part, own, num_neurons, 0))
     return by_matrix
 
 
@@ -91,27 +93,26 @@ def plan_neurons(
     """
     tensors, patches = [], defaultdict(list)
     for name, own in neuron_edits(edits, model).items():
-        change, patch = _change(name, own, checkpoint, (len(own[0].rows), len(own[0].columns)))
+        change, patch = _change(name, own, checkpoint)
         tensors.append(change)
         patches[change.shard].append(patch)
     return tensors, dict(patches)
 
 
-def _change(
-    name: str, edits: Sequence[NeuronEdit], checkpoint: Checkpoint, shape: tuple[int, int]
-) -> tuple[TensorEdit, Patch]:
+def _change(name: str, edits: Sequence[NeuronEdit], checkpoint: Checkpoint) -> tuple[TensorEdit, Patch]:
     if name not in checkpoint.weight_map:
         raise ValueError(
             f"{checkpoint.name} has no tensor {name}; expected the names that save_pretrained of the dense model "
             "gives: load the model and save it, then merge into that"
         )
     stored, shard = checkpoint.tensor(name), checkpoint.weight_map[name]
-    hidden_size = shape[0] if edits[0].dim == 0 else shape[1]
-    if len(stored.shape) != 2 or stored.shape[1 - edits[0].dim] != hidden_size or not stored.is_precise:
+    first = edits[0]
+    shape = (first.num_neurons, len(first.rows)) if first.dim == 0 else (len(first.columns), first.num_neurons)
+    if stored.shape != shape or not stored.is_precise:
         raise ValueError(
             f"{name} of {checkpoint.name} is stored as {stored.dtype} of shape {stored.shape}; expected floats of at "
-            f"least 16 bits and {hidden_size} as the hidden size. Quantised weights cannot be edited: merge into the "
-            "checkpoint that they were made from"
+            f"least 16 bits and shape {shape}. Quantised weights cannot be edited: merge into the checkpoint that they "
+            "were made from"
         )
     file, size = checkpoint.shard(shard), stored.stop - stored.start
 
