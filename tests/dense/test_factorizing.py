@@ -218,3 +218,19 @@ def test_a_model_without_weights_is_put_into_groups(groups: NeuronGroups) -> Non
     factorize(model, groups)
     assert {tuple(block.storage.shape("gate_up_proj")) for block in find_moe_blocks(model)} == {(32, 16)}
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_token_that_no_neuron_is_active_for_has_no_shares(model: PreTrainedModel, groups: NeuronGroups) -> None:
+    factorize(model, groups)
+    experts = model.model.layers[0].mlp.experts
+    shares = experts.shares(torch.cat([torch.zeros(1, HIDDEN), torch.ones(1, HIDDEN)]))
+    assert shares[0].tolist() == [0] * GROUPS
+    assert shares[1].sum().item() == pytest.approx(1)
+
+
+def test_offloaded_weights_are_refused(model: PreTrainedModel, groups: NeuronGroups) -> None:
+    from accelerate import cpu_offload
+
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match="is offloaded"):
+        factorize(model, groups)

@@ -335,3 +335,11 @@ def test_a_solution_without_training_is_one_of_groups(
     assert (logits(solved) - logits(make_model())).abs().max() > 1e-3
     assert logits(solved).shape[-1] != HIDDEN
     to_dense(solved.merge_and_unload())
+
+
+def test_the_card_says_how_such_an_adapter_is_loaded(
+    model: PreTrainedModel, groups: NeuronGroups, tmp_path: Path
+) -> None:
+    adapted(factorize(model, groups)).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "load_factorized(" in card and "to_dense(" in card and "AutoPeft" not in card

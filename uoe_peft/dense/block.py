@@ -59,12 +59,12 @@ class GroupedExperts(nn.Module):
             hidden_states: Inputs of the layer. Shape `(T, H)`.
 
         Returns:
-            Shape `(T, E)`, float32, sum 1 over the groups.
+            Shape `(T, E)`, float32, sum 1 over the groups; 0 for a token that no neuron is active for.
         """
         norms = self.down_proj.detach().float().norm(dim=2)  # (E, i)
         neurons = self._activations(hidden_states).float().abs()  # (E, T, i)
         effect = torch.einsum("eti,ei->te", neurons, norms)
-        return effect / effect.sum(dim=1, keepdim=True)
+        return effect / effect.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _activations(self, hidden_states: Tensor) -> Tensor:
         """Activations of all neurons. Shape `(E, T, i)`."""

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any, cast
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe import find_moe_blocks, is_quantised
@@ -76,7 +77,9 @@ def _check_module(name: str, module: nn.Module) -> None:
         reason = f"is a {type(module).__name__} with {what}; expected three nn.Linear modules and act_fn, nothing else"
     elif any(is_quantised(p) for p in module.parameters()):
         reason = "is quantised; load the model in bfloat16 or float32"
-    elif any(hasattr(part, "_hf_hook") and part._hf_hook.offload for part in module.modules()):  # type: ignore[union-attr]
+    elif any(isinstance(p, DTensor) for p in module.parameters()):
+        reason = "is split over processes; factorize the model in each of them before it is sharded"
+    elif any(p.is_meta for p in module.parameters()) and any(hasattr(part, "_hf_hook") for part in module.modules()):
         reason = "is offloaded; load the model with a device_map that keeps it on a device"
     if reason:
         raise UnsupportedModelError(f"cannot factorize {name}: it {reason}")
