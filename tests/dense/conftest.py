@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from datasets import Dataset
@@ -113,6 +111,3 @@ def retain() -> Dataset:
     return Dataset.from_dict(
         {"prompt": [f"where is {i}? " for i in range(11)], "completion": [f"at {7 * i}" for i in range(11)]}
     )
-
-
-Edit = Callable[[PreTrainedModel], None]
