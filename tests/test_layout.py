@@ -29,6 +29,7 @@ FLOORS: dict[str, int] = {
     "tuner": 2,
     "moments": 2,
     "streaming": 2,
+    "dense": 2,
     "training": 3,
     "evaluation": 3,
     "export": 3,
@@ -48,6 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "moments": {"errors", "checkpoints", "moe", "data"},
     "checkpoints": set(),
     "streaming": {"errors", "moe", "data", "checkpoints"},
+    "dense": {"errors", "checkpoints", "moe", "data"},
     "requests": {
         "errors",
         "checkpoints",
@@ -77,6 +79,7 @@ OUTSIDE: dict[str, set[str]] = {
     "tuner": {"torch", "transformers", "peft"},
     "moments": {"torch", "transformers", "datasets", "numpy", "safetensors", "tqdm"},
     "streaming": {"torch", "transformers", "datasets", "numpy", "safetensors", "huggingface_hub", "accelerate", "tqdm"},
+    "dense": {"torch", "transformers", "datasets", "safetensors", "tqdm"},
     "training": {"torch", "transformers", "datasets", "numpy", "peft", "trl", "accelerate", "safetensors"},
     "evaluation": {
         "torch",

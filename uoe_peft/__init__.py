@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from uoe_peft.attribution import ExpertAttribution, attribute_experts
     from uoe_peft.tuner import UOEConfig, UOEModel
     from uoe_peft.streaming import StreamedModel
+    from uoe_peft.dense import NeuronGroups, cluster_neurons, factorize, load_factorized, to_dense
     from uoe_peft.training import UnlearningConfig, UnlearningTrainer, solve_unlearning
     from uoe_peft.evaluation import UnlearningReport, calibrate_scale, evaluate_unlearning
     from uoe_peft.export import export_lora, merge_checkpoint, unmerge_checkpoint
@@ -39,6 +40,11 @@ _ROOM_OF = {
     "unmerge_checkpoint": "export",
     "export_lora": "export",
     "PromptGate": "requests",
+    "NeuronGroups": "dense",
+    "cluster_neurons": "dense",
+    "factorize": "dense",
+    "load_factorized": "dense",
+    "to_dense": "dense",
 }
 
 __all__ = [
@@ -58,6 +64,11 @@ __all__ = [
     "unmerge_checkpoint",
     "export_lora",
     "PromptGate",
+    "NeuronGroups",
+    "cluster_neurons",
+    "factorize",
+    "load_factorized",
+    "to_dense",
 ]
 
 register_with_peft()

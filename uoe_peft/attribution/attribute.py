@@ -21,6 +21,7 @@ from uoe_peft.attribution.scores import Gate, Score, contrast, random_affinity
 from uoe_peft.attribution.summary import warn_if_doubtful
 from uoe_peft.data.shares import Share
 from uoe_peft.data.tokenization import ProcessingClass
+from uoe_peft.moe import MoEBlock
 from uoe_peft.moe.passes import find_streamed
 from uoe_peft.moe.routing import select_blocks
 
@@ -64,7 +65,8 @@ def attribute_experts(
             "gradient": WAGLE (https://arxiv.org/abs/2410.17509) summed over the expert's weights. "random": a control,
             which reads no data.
         gate: "softmax": router scores that sum to 1 over all experts, the paper's. "applied": the weights that the
-            layer applies to its experts, before any factor that the block puts on all of them.
+            layer applies to its experts, before any factor that the block puts on all of them. Of a factorized dense
+            model, where these are all 1, "softmax" is a group's share of what the layer computes for the token.
         retain_dataset: What is to be kept; `contrast` needs it, the others report how busy the experts are on it.
         max_tokens: Size of the sample of each set in tokens; the paper used 100,000.
         batch_size: Sequences in a batch.
@@ -88,7 +90,8 @@ def attribute_experts(
     Raises:
         UnsupportedModelError: The model has no routed experts, or its routing cannot be understood.
         TypeError: A set is not a `Dataset` or `IterableDataset`.
-        ValueError: An unknown score or gate; a number out of range; "contrast" without a retain set; a set that is
+        ValueError: An unknown score or gate; a number out of range; "contrast" without a retain set; "token_ratio" or
+            "applied" where every token uses all experts; a set that is
             empty or has no usable columns or answers; NaN or infinite router scores; `layer_indices` names a layer
             without routed experts; "ablation" or "gradient" of a streamed model; processes were given different sets
             or options.
@@ -103,6 +106,7 @@ def attribute_experts(
             "model would read from disk again and again; use 'gate', 'token_ratio' or 'contrast'"
         )
     blocks = select_blocks(model, layer_indices)
+    _check_tells_apart(blocks, score=score, gate=gate)
     layers, num_experts = tuple(block.layer_idx for block in blocks), common_num_experts(blocks)
     settings = _Settings(layers, max_tokens, batch_size, max_length, include_prompt, num_resamples, seed, show_progress)
     forget = retain = None
@@ -271,6 +275,19 @@ def _check_choices(*, score: str, gate: str, num_candidates: int, num_resamples:
     for option, number, least in (("num_candidates", num_candidates, 2), ("num_resamples", num_resamples, 1)):
         if number < least:
             raise ValueError(f"{option} must be at least {least}, got {number}")
+
+
+def _check_tells_apart(blocks: Sequence[MoEBlock], *, score: Score, gate: Gate) -> None:
+    """Refuse what is the same for all experts where every token uses all of them with weight 1."""
+    if all(block.gate_name for block in blocks):
+        return
+    if score == "token_ratio" or (gate == "applied" and score in ("gate", "contrast", "ablation")):
+        option = "score='token_ratio'" if score == "token_ratio" else "gate='applied'"
+        raise ValueError(
+            f"{option} cannot tell the experts apart: every token uses all of them with weight 1; use gate='softmax' "
+            "with score='gate', 'contrast' or 'ablation', which goes by their shares of what the layer computes, or "
+            "score='gradient'"
+        )
 
 
 def _seed_of(settings: _Settings, name: str) -> int:

@@ -30,6 +30,7 @@ STAGES = {
     "inspect": "say what is in an adapter: layers, experts, ranks, norms, origin",
     "app": "serve a page that answers a question with forgetting off and on, and shows its routing",
     "plan": "say how much memory and time unlearning takes, from a model's configuration alone",
+    "factorize": "put the neurons of a dense model into groups, so that it has experts",
 }
 
 USAGE = "\n".join(

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from uoe_peft.cli.options import ColumnOptions
+from uoe_peft.dense import FILE, is_factorized, load_factorized
 from uoe_peft.precision import fast_dtype
 from uoe_peft.streaming import StreamedModel
 
@@ -32,7 +33,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 def load_model(
     name: str, *, dtype: str, device_map: str | None, dequantize: bool = False, stream: bool = False
 ) -> PreTrainedModel:
-    """A causal language model.
+    """A causal language model; a dense one that was factorized comes with its neurons in groups.
 
     Args:
         name: A folder, or a name on the Hub.
@@ -44,19 +45,20 @@ def load_model(
 
     Raises:
         ValueError: `dequantize` for a model that is stored in another form, there is no such model, dtype or device, or
-            `stream` with `device_map` or `dequantize`.
+            `stream` with `device_map`, `dequantize` or a model that was factorized.
     """
     _check_model(name)
     _check_dtype(dtype)
     _check_device(device_map)
+    if stream and is_factorized(name):
+        raise ValueError(f"{name} was factorized ({FILE}), and is not read layer by layer; leave out stream")
     if stream:
         if device_map is not None or dequantize:
             raise ValueError("stream reads layers from disk to one device; leave out device_map and dequantize")
         return cast(PreTrainedModel, StreamedModel.from_pretrained(name, dtype=_streamed_dtype(name, dtype)))
     quantization = {"quantization_config": _dequantized(name)} if dequantize else {}
-    return _or_absent(
-        name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **quantization)
-    )
+    load = load_factorized if is_factorized(name) else AutoModelForCausalLM.from_pretrained
+    return _or_absent(name, lambda: load(name, dtype=dtype, device_map=device_map, **quantization))
 
 
 def load_config(name: str) -> PreTrainedConfig:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 class ModelOptions:
     """Which model, and how it is loaded."""
 
-    model_name_or_path: str = field(metadata={"help": "A Mixture-of-Experts model: folder, or name on the Hub."})
+    model_name_or_path: str = field(
+        metadata={"help": "Mixture-of-Experts model, or what factorize wrote: folder, or Hub name."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Of the model: auto, bfloat16, float16 or float32."})
     device_map: str | None = field(default=None, metadata={"help": "Where the model goes, for example auto."})
     dequantize: bool = field(default=False, metadata={"help": "For weights that are stored in mxfp4 or FP8."})

@@ -13,6 +13,8 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from uoe_peft.checkpoints import INDEX, SINGLE, StoredTensor, TensorFile, read_weight_map, shard_path
+from uoe_peft.dense import FILE as NEURON_GROUPS
+from uoe_peft.dense import NeuronGroups, factorize
 
 # Weights in other formats would carry what was forgotten into the output.
 WEIGHT_SUFFIXES = frozenset(
@@ -117,7 +119,7 @@ class Checkpoint:
         return kept, left
 
     def meta_model(self, *, trust_remote_code: bool = False) -> PreTrainedModel:
-        """The model without weights: names and shapes alone.
+        """The model without weights: names and shapes alone; a dense one that was factorized with its groups.
 
         Args:
             trust_remote_code: As in transformers.
@@ -136,7 +138,9 @@ class Checkpoint:
                 "change, too; merge into the checkpoint that it was made from, and quantise the result"
             )
         with torch.device("meta"):
-            return _build(config, trust_remote_code=trust_remote_code)
+            model = _build(config, trust_remote_code=trust_remote_code)
+        groups = self.folder / NEURON_GROUPS
+        return factorize(model, NeuronGroups.load(groups)) if groups.is_file() else model
 
 
 def _build(config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:

@@ -149,6 +149,8 @@ def expert_slice(block: MoEBlock, projection: str, expert_idx: int) -> MemorySli
 
 
 def _router_edit(adapter: SavedAdapter, block: MoEBlock) -> SliceEdit:
+    if block.gate_name is None:
+        raise _other_model(adapter, f"a router in layer {block.layer_idx}", "every token uses all experts")
     places = [place for place in adapter.deltas if place[0] == block.router_name]
     place = places[0] if places else (block.router_name, block.gate_name)
     rows, columns = block.router.get_parameter(block.gate_name).shape
@@ -190,6 +192,10 @@ def _delta(adapter: SavedAdapter, place: tuple[str, str], *, num_slices: int) ->
 def _check_counts(adapter: SavedAdapter, block: MoEBlock) -> None:
     expected = (adapter.config.base_experts or {}).get(str(block.layer_idx), {}).get("num_experts", block.num_experts)
     highest = max((e for layer_idx, e in adapter.config.target_experts if layer_idx == block.layer_idx), default=0)
+    neurons = (adapter.config.base_experts or {}).get(str(block.layer_idx), {}).get("neurons")
+    found = getattr(block.storage.module, "neurons_fingerprint", None)
+    if neurons != found:
+        raise _other_model(adapter, f"groups of neurons {neurons} in layer {block.layer_idx}", f"they are {found}")
     if expected != block.num_experts or highest >= block.num_experts:
         wanted = expected if expected != block.num_experts else f"more than {highest}"
         raise _other_model(adapter, f"{wanted} experts in layer {block.layer_idx}", f"it has {block.num_experts}")

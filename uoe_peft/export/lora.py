@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from uoe_peft.export.checkpoint import Checkpoint
 from uoe_peft.export.edits import SliceEdit, located, slice_edits
 from uoe_peft.export.factors import Factors, factorise
-from uoe_peft.export.lora_layouts import peft_layout, per_expert_layout
+from uoe_peft.export.lora_layouts import dense_layout, peft_layout, per_expert_layout
+from uoe_peft.export.neurons import in_groups
 from uoe_peft.export.output import appearing_at_once, check_vacant
 from uoe_peft.export.saved_adapter import WEIGHTS, SavedAdapter
 
@@ -84,6 +85,7 @@ def export_lora(
     """Write an adapter as LoRA.
 
     Low-rank deltas are written exactly. A full delta of an expert becomes the nearest of a rank, or within an error.
+    Of a dense model that was factorized, the LoRA is one of the dense model's own linear layers, in either format.
 
     Args:
         adapter: A saved UOE adapter: a folder, or a name on the Hub.
@@ -120,7 +122,7 @@ def export_lora(
     dropped = [_dropped(edit, checkpoint, model) for edit in routers] if drop_router else []
     kept = [edit for edit in edits if edit.expert_idx is not None or not drop_router]
     factors = [factorise(edit, rank=rank, max_error=max_error) for edit in kept]
-    layout = peft_layout if format == "peft" else per_expert_layout
+    layout = dense_layout if in_groups(model) else peft_layout if format == "peft" else per_expert_layout
     config, tensors = layout(model, factors, saved.config.base_model_name_or_path)
     with appearing_at_once(target) as folder:
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Two ways of writing factors of single experts as LoRA.
+"""Three ways of writing factors of single experts as LoRA.
 
 Letters: E experts of a layer, R rank, `in` and `out` sizes of a matrix.
 
@@ -6,6 +6,7 @@ Letters: E experts of a layer, R rank, `in` and `out` sizes of a matrix.
   the expert fastest. Read by PEFT from 0.19 on, and by vLLM for the few families whose checkpoints are fused.
 - `per_expert`: a pair for each matrix of each expert, named as in the checkpoint, `lora_A (R, in)` and
   `lora_B (out, R)`. Read by vLLM, SGLang and llama.cpp's converter.
+- of a dense model that was factorized: a pair for each of its linear layers that changes, zero outside the neurons.
 
 An order of `lora_B` that puts the expert slowest loads without a word and adds the deltas of other experts.
 """
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from uoe_peft.export.disk_layout import disk_pieces
 from uoe_peft.export.edits import expert_slice
 from uoe_peft.export.factors import Factors
+from uoe_peft.export.neurons import NeuronEdit, neuron_edits
 from uoe_peft.moe import MoEBlock, find_moe_blocks
 
 MAX_SERVED_RANK = 512  # of vLLM 0.33
@@ -103,6 +105,44 @@ def per_expert_layout(
                 tensors |= _of_expert(model, block, projection, expert_idx, found, rank)
     modules = sorted({name.split(".")[-3] for name in tensors})
     return _config(base_name, rank=rank, target_modules=modules), tensors
+
+
+def dense_layout(
+    model: PreTrainedModel, factors: Sequence[Factors], base_name: str | None
+) -> tuple[LoraConfig, Tensors]:
+    """Configuration and tensors for the dense model itself, whose linear layers any LoRA may edit.
+
+    Args:
+        model: The factorized model; its parameters may be on the meta device.
+        factors: Of the edited groups.
+        base_name: What the configuration says of the base model.
+    """
+    by_place = {(one.edit.target.parameter, one.edit.expert_idx): one for one in factors}
+    tensors: Tensors = {}
+    ranks: list[int] = []
+    for matrix, edits in neuron_edits([one.edit for one in factors], model).items():
+        pairs = [_of_neurons(edit, by_place[edit.edit.target.parameter, edit.edit.expert_idx]) for edit in edits]
+        name = f"base_model.model.{matrix.removesuffix('.weight')}"
+        # Groups of one layer add up: [B_1 B_2] [A_1; A_2].
+        tensors[f"{name}.lora_A.weight"] = torch.cat([factor_a for factor_a, _ in pairs])
+        tensors[f"{name}.lora_B.weight"] = torch.cat([factor_b for _, factor_b in pairs], dim=1)
+        ranks.append(sum(len(factor_a) for factor_a, _ in pairs))
+    modules = [n.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for n in tensors if ".lora_A." in n]
+    config = _config(base_name, rank=max(ranks), target_modules=modules)
+    config.rank_pattern = {name: rank for name, rank in zip(modules, ranks, strict=True) if rank != config.r}
+    config.alpha_pattern = dict(config.rank_pattern)
+    return config, tensors
+
+
+def _of_neurons(edit: NeuronEdit, factors: Factors) -> tuple[Tensor, Tensor]:
+    """`lora_A (R, in)` and `lora_B (out, R)` of one group's part of a dense matrix; groups are stored transposed."""
+    factor_a = factors.left[edit.rows.start : edit.rows.stop].T  # (R, in of the group)
+    factor_b = factors.scale * factors.right[:, edit.columns.start : edit.columns.stop].T  # (out of the group, R)
+    if edit.dim == 1:  # neurons are inputs
+        whole = factor_a.new_zeros(factors.rank, edit.num_neurons)
+        return whole.index_copy_(1, edit.neurons, factor_a), factor_b
+    whole = factor_b.new_zeros(edit.num_neurons, factors.rank)
+    return factor_a, whole.index_copy_(0, edit.neurons, factor_b)
 
 
 def _of_expert(

@@ -9,6 +9,7 @@ from pathlib import Path
 from uoe_peft.export.backup import FILE, Backup, check_backup, write_backup
 from uoe_peft.export.checkpoint import Checkpoint
 from uoe_peft.export.edits import TensorEdit, plan, slice_edits
+from uoe_peft.export.neurons import in_groups, plan_neurons
 from uoe_peft.export.output import appearing_at_once, check_vacant, check_writable, is_vacant, sync
 from uoe_peft.export.rewriting import Copied, Patch, copy_shards
 from uoe_peft.export.saved_adapter import SavedAdapter
@@ -68,6 +69,9 @@ def merge_checkpoint(
     Memory does not grow with the model. Index, shard boundaries and all other files stay as they are. The output
     appears when it is complete and was read back, or not at all.
 
+    Of a dense model that was factorized, groups of neurons are merged, and the output is an ordinary dense checkpoint,
+    bit-equal to what `to_dense(merge_and_unload())` gives.
+
     Args:
         base: The checkpoint: a folder, or a name on the Hub.
         adapter: A saved UOE adapter, likewise.
@@ -94,7 +98,8 @@ def merge_checkpoint(
     check_vacant(target)
     saved, checkpoint = SavedAdapter.open(adapter), Checkpoint.open(base, revision=revision)
     model = checkpoint.meta_model(trust_remote_code=trust_remote_code)
-    tensors, patches = plan(slice_edits(saved, model), checkpoint, model)
+    edits = slice_edits(saved, model)
+    tensors, patches = (plan_neurons if in_groups(model) else plan)(edits, checkpoint, model)
     if backup is not None:
         if Path(backup).absolute().is_relative_to(target):
             raise ValueError(f"backup {backup} lies in output {output}, which it must not go with; name another folder")

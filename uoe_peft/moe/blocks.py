@@ -33,7 +33,8 @@ class MoEBlock:
         experts: The experts module; where an adapter wraps it, the wrapper, so that hooks see the adapter's effect.
         router: The router module, likewise.
         storage: Access to single experts of the unwrapped experts module.
-        gate_name: Name, inside the unwrapped router, of the matrix that maps hidden states to router logits.
+        gate_name: Name, inside the unwrapped router, of the matrix that maps hidden states to router logits. None
+            where the router has nothing to decide: every token uses all experts with weight 1.
         num_experts: Number of routed experts, E.
         hidden_size: Input size of the router's matrix, H.
     """
@@ -44,7 +45,7 @@ class MoEBlock:
     experts: nn.Module
     router: nn.Module
     storage: ExpertStorage
-    gate_name: str
+    gate_name: str | None
     num_experts: int
     hidden_size: int
 
@@ -97,7 +98,8 @@ def _nothing_found(model: nn.Module, *, without_router: list[str]) -> str:
     return (
         f"{name} has no Mixture-of-Experts block that can be edited; expected a module with stacked expert parameters "
         "(gate_up_proj or up_proj, and down_proj) or a list of expert MLPs, beside a router. Load a model such as "
-        "Qwen1.5-MoE, OLMoE or Mixtral; docs/families.md lists all families"
+        "Qwen1.5-MoE, OLMoE or Mixtral; docs/families.md lists all families. A dense model is factorized first: "
+        "docs/guides/dense.md"
     )
 
 
@@ -120,9 +122,12 @@ def _block(model: nn.Module, experts_name: str, storage: ExpertStorage) -> MoEBl
     )
 
 
-def _router_beside(model: nn.Module, experts_name: str, storage: ExpertStorage) -> tuple[str, str, int] | None:
+def _router_beside(model: nn.Module, experts_name: str, storage: ExpertStorage) -> tuple[str, str | None, int] | None:
     """Path of the router of an experts module, the name of its matrix, and the matrix' input size."""
     parent_name, _, own_name = experts_name.rpartition(".")
+    for child_name, child in model.get_submodule(parent_name).named_children():
+        if getattr(child, "uses_all_experts", False):
+            return f"{parent_name}.{child_name}", None, cast(int, child.hidden_size)
     candidates = []
     for child_name, child in model.get_submodule(parent_name).named_children():
         router = unwrap(child)

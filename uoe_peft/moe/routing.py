@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ class LayerRouting:
     Attributes:
         scores: Router scores, float32, >= 0, sum 1 over the experts of each token; with gradient where autograd
             records. A softmax router's probabilities; for other routers their own scores, normalised. Shape `(T, E)`.
-            Families with classes that compute nothing (a skip expert) have further columns for them.
+            Families with classes that compute nothing (a skip expert) have further columns for them. Of experts that
+            every token uses, their shares of what the layer computes for the token.
         top_k_index: Selected experts. Shape `(T, K)`, int64.
         top_k_weights: Weights that the layer applies to their outputs; 0 where a selection was cancelled. Shape
             `(T, K)`.
@@ -50,6 +51,7 @@ class _Recorded:
     router_output: object
     spy: gating.RoutingSpy | None
     selection: tuple[Tensor, Tensor] | None = None
+    hidden_states: Tensor | None = None  # only where scores are computed from what the experts got
 
 
 class _Recorder:
@@ -77,6 +79,8 @@ class _Recorder:
         def record_experts(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.recorded is not None and not _in_backward():
                 self.recorded.selection = selection_inputs(args, kwargs)
+                if self.block.gate_name is None:
+                    self.recorded.hidden_states = next(iter((*args, *kwargs.values())))
 
         return [
             self._watched.register_forward_pre_hook(self._watch),
@@ -200,6 +204,9 @@ def selection_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[
 def _layer_routing(recorder: _Recorder) -> LayerRouting:
     block, recorded = recorder.block, recorder.recorded
     assert recorded is not None
+    if recorded.hidden_states is not None and recorded.selection is not None:
+        shares: Tensor = cast(Any, block.storage.module).shares(recorded.hidden_states)  # (T, E)
+        return LayerRouting(shares, *recorded.selection)
     where = f"layer {block.layer_idx} ({block.router_name}, a {type(unwrap(block.router)).__name__})"
     tensors = gating.router_tensors(recorded.router_output)
     shapes = [tuple(tensor.shape) for tensor in tensors]
@@ -226,6 +233,8 @@ def _layer_routing(recorder: _Recorder) -> LayerRouting:
 
 def _num_classes(block: MoEBlock) -> int:
     """Number of the router's logits: the experts, and in a few families classes that compute nothing."""
+    if block.gate_name is None:
+        return block.num_experts
     rows = dict(unwrap(block.router).named_parameters())[block.gate_name].shape[0]
     # A quantised matrix is packed, and its shape says nothing.
     return rows if rows > block.num_experts else block.num_experts

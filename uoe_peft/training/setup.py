@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, s
 
 from uoe_peft.data import PairedDataset, tokenize_dataset, tokenize_with_alternatives
 from uoe_peft.data.tokenization import ProcessingClass, materialise
+from uoe_peft.dense import is_factorized, load_factorized
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.objective.anchor import Targets, find_targets
 from uoe_peft.training.reuse.offload import check_can_leave
@@ -187,7 +188,7 @@ def load_model(
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
         options.setdefault("trust_remote_code", args.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(model, **options)
+        model = (load_factorized if is_factorized(model) else AutoModelForCausalLM.from_pretrained)(model, **options)
     placed = any(
         getattr(model, said, None)
         for said in ("hf_device_map", "is_quantized", "is_distributed_loading_by_transformers")

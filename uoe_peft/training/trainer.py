@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
 from uoe_peft.data import Batch, PairedDataset, UnlearningCollator
+from uoe_peft.dense import is_factorized
 from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.passes import find_streamed
 from uoe_peft.moe.routing import RoutingTrace, record_routing
@@ -112,6 +113,8 @@ class UnlearningTrainer(CalibratingTrainer, OptimisingTrainer, SavingTrainer, Ev
         check_sets(args, train_dataset, retain_dataset)
         retain_dataset, aside = split_retain(retain_dataset, args, eval_dataset)
         processing_class = processing_class or load_tokenizer(model, args)
+        if isinstance(model, str) and is_factorized(model):
+            model = load_model(model, args, kwargs.get("quantization_config"))
         paired = None
         if isinstance(peft_config, UOEConfig) and peft_config.target_experts == "auto":
             model = load_model(model, args, kwargs.get("quantization_config"))

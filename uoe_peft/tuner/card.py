@@ -58,6 +58,21 @@ _MOMENTS = f"""\
 into the edited matrices, for combining adapters and for later requests. No text and no token ids are in it, but the
 directions that the set uses are: treat it like the set, and leave it out of what is published."""
 
+_USE_IN_GROUPS = """```python
+import uoe_peft  # pip install uoe-peft
+from peft import PeftModel
+from uoe_peft.dense import load_factorized, to_dense
+
+base = load_factorized("<folder of the dense model with its neuron_groups.safetensors>")
+model = PeftModel.from_pretrained(base, "<this folder or repository>")
+with model.disable_adapter():  # remembers
+    ...
+dense = to_dense(model.merge_and_unload())  # an ordinary dense model, which has forgotten
+```
+
+The experts are groups of a dense model's neurons. Whoever loads the adapter needs the file that says which neuron is in
+which group; on other groups it is refused."""
+
 _LIMITS = """\
 - Whoever holds the base model holds the knowledge: switching the adapter off brings it back. Give untrusted
   parties merged weights, never the base and the adapter.
@@ -120,7 +135,8 @@ def card(configs: Mapping[str, UOEConfig], *, pictures: Mapping[str, str] = _NO_
         moments_size: Bytes of the moments of forget sets that lie beside the adapters; 0 where there are none.
     """
     base = next((config.base_model_name_or_path for config in configs.values()), None)
-    sections = [_head(base if _is_hub_name(base) else None), "# UOE adapter", _INTRODUCTION, "## Use", _USE]
+    use = _USE_IN_GROUPS if any(_in_groups(config) for config in configs.values()) else _USE
+    sections = [_head(base if _is_hub_name(base) else None), "# UOE adapter", _INTRODUCTION, "## Use", use]
     for name, config in configs.items():
         of = f" (adapter `{name}`)" if len(configs) > 1 else ""
         record = config.provenance or {}
@@ -153,6 +169,11 @@ def _head(base: str | None) -> str:
 def _is_hub_name(name: str | None) -> bool:
     """Whether a base model's name is one on the Hub, and no path of this machine."""
     return name is not None and _HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _in_groups(config: UOEConfig) -> bool:
+    """Whether the experts are groups of a dense model's neurons."""
+    return any("neurons" in layer for layer in (config.base_experts or {}).values())
 
 
 def _words(forgets: object) -> str:

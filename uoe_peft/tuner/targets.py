@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -39,11 +41,14 @@ class Target:
             case "linear":
                 return UOELinearLayer(module, adapter_name, writes_output=self.writes_output)
             case "router":
-                return UOERouterLayer(module, adapter_name, gate_name=self.block.gate_name)
+                return UOERouterLayer(module, adapter_name, gate_name=cast(str, self.block.gate_name))
 
 
 def find_targets(config: UOEConfig, model: nn.Module) -> dict[str, Target]:
     """What an adapter edits, for each module path.
+
+    Warns:
+        UserWarning: The target layers have no routing to train, and `train_router` is turned off.
 
     Raises:
         UnsupportedModelError: The model has no Mixture-of-Experts block that this package can read, or a target's
@@ -61,6 +66,7 @@ def find_targets(config: UOEConfig, model: nn.Module) -> dict[str, Target]:
     for layer_idx, expert_idx in config.target_experts:
         _check_pair(layer_idx, expert_idx, blocks, model)
         by_layer[layer_idx].append(expert_idx)
+    _settle_router(config, [blocks[layer_idx] for layer_idx in by_layer])
     targets: dict[str, Target] = {}
     for layer_idx, experts in by_layer.items():
         targets |= _expert_targets(config, blocks[layer_idx], tuple(experts))
@@ -90,7 +96,20 @@ def _expert_targets(config: UOEConfig, block: MoEBlock, experts: tuple[int, ...]
     return targets
 
 
+def _settle_router(config: UOEConfig, blocks: Sequence[MoEBlock]) -> None:
+    """Turn `train_router` off where no router decides anything, and say so: the saved adapter must say it, too."""
+    layers = [block.layer_idx for block in blocks if block.gate_name is None]
+    if config.train_router and layers:
+        warnings.warn(
+            f"train_router is turned off: in the layers {layers} every token uses all experts with weight 1, so that "
+            "there is no routing to train; set train_router=False",
+            stacklevel=2,
+        )
+        config.train_router = False
+
+
 def _router_target(block: MoEBlock, delta_type: str) -> dict[str, Target]:
+    assert block.gate_name is not None
     name = block.gate_name.removesuffix(".weight").replace(".", "_")
     return {block.router_name: Target(block, "router", (name,), (0,), delta_type)}
 
@@ -189,4 +208,5 @@ def _check_same_base(config: UOEConfig, blocks: dict[str, MoEBlock], model: nn.M
 
 def _describe(block: MoEBlock) -> dict[str, Any]:
     shapes = {name: list(block.storage.shape(name)) for name in block.storage.projections}
-    return {"num_experts": block.num_experts, "shapes": shapes}
+    neurons = getattr(block.storage.module, "neurons_fingerprint", None)  # of a dense layer, in groups of neurons
+    return {"num_experts": block.num_experts, "shapes": shapes} | ({"neurons": neurons} if neurons else {})

@@ -56,12 +56,17 @@ def record_router_input(block: MoEBlock) -> Iterator[Callable[[], Tensor]]:
         A function without arguments; it returns the matrix' input of every token, padding included, without gradient.
         Shape `(T, H)`. It raises `UnsupportedModelError` where no product with the matrix was seen.
     """
-    router = unwrap(block.router)
+    router, gate_name = unwrap(block.router), block.gate_name
+    if gate_name is None:
+        raise UnsupportedModelError(
+            f"{block.router_name}, a {type(router).__name__}, has no matrix: every token uses all experts; measure "
+            "without routers (routers=False)"
+        )
     spies: list[ProductSpy] = []
 
     def watch(router: nn.Module, args: tuple[Any, ...]) -> None:
         # The matrix that this very call uses: an adapter puts an edited one in the place of the module's own.
-        spies[:] = [ProductSpy(attrgetter(block.gate_name)(router))]
+        spies[:] = [ProductSpy(attrgetter(gate_name)(router))]
         spies[0].__enter__()
 
     def end_watch(router: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -70,7 +75,7 @@ def record_router_input(block: MoEBlock) -> Iterator[Callable[[], Tensor]]:
     def recorded() -> Tensor:
         if not spies or spies[0].factor is None:
             raise UnsupportedModelError(
-                f"cannot see the input of {block.gate_name} of {block.router_name}, a {type(router).__name__}: "
+                f"cannot see the input of {gate_name} of {block.router_name}, a {type(router).__name__}: "
                 "expected a forward pass in which torch multiplies hidden states with it; the model must not be "
                 "compiled, nor its routers quantised"
             )

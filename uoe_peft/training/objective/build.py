@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
 from uoe_peft.losses import control_direction
+from uoe_peft.moe import find_moe_blocks
 from uoe_peft.moe.segments import find_layers
 from uoe_peft.training.config import UnlearningConfig
-from uoe_peft.training.objective.anchor import find_targets
+from uoe_peft.training.objective.anchor import Targets, find_targets
 from uoe_peft.training.objective.forward import decoder_layer
 from uoe_peft.training.objective.objective import Objective
 from uoe_peft.training.objective.reference import Reference
 from uoe_peft.training.reuse.edited import edited_layers, trained_beside
+
+logger = logging.getLogger(__name__)
 
 
 def build_objective(model: nn.Module, args: UnlearningConfig, *, device: torch.device) -> Objective:
@@ -28,8 +33,11 @@ def build_objective(model: nn.Module, args: UnlearningConfig, *, device: torch.d
             what is trained.
     """
     targets = find_targets(model)
+    anchored = _has_routing(model, targets)
+    if targets and not anchored:
+        logger.info("every token uses all experts of the layers %s: the router anchor does not apply", [*targets])
     if args.forget_loss != "rmu" and args.retain_loss != "embed_diff":
-        return Objective(args, Reference(model, kind=args.reference), targets)
+        return Objective(args, Reference(model, kind=args.reference), targets, anchored=anchored)
     layer_idx = args.rmu_layer if args.rmu_layer is not None else max(targets, default=None)
     if layer_idx is None:
         raise ValueError(
@@ -46,4 +54,9 @@ def build_objective(model: nn.Module, args: UnlearningConfig, *, device: torch.d
         )
     hidden_size = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
     direction = control_direction(hidden_size, seed=args.rmu_seed).to(device)
-    return Objective(args, Reference(model, layer_idx, args.reference), targets, direction)
+    return Objective(args, Reference(model, layer_idx, args.reference), targets, direction, anchored)
+
+
+def _has_routing(model: nn.Module, targets: Targets) -> bool:
+    """Whether tokens choose among the experts of the target layers."""
+    return any(block.gate_name for block in find_moe_blocks(model) if block.layer_idx in targets) if targets else False

@@ -32,12 +32,14 @@ class Objective:
         reference: The base model's view.
         targets: Target experts of UOE adapters by layer; empty for other models.
         direction: Where "rmu" steers to, shape `(H,)`; None for other losses.
+        anchored: Whether the router anchor applies: not where every token uses all experts.
     """
 
     args: UnlearningConfig
     reference: Reference
     targets: Targets
     direction: Tensor | None = None
+    anchored: bool = True
 
     def step(
         self,
@@ -68,7 +70,7 @@ class Objective:
             mask = forget["attention_mask"]
             forget_rates = target_rates(trace, self.targets, mask)
             metrics["target_activation_rate"] = forget_rates.mean()
-            if self.args.anchor_weight > 0:
+            if self.args.anchor_weight > 0 and self.anchored:
                 context = denominators.get("forget", no_counts).context
                 terms["anchor"] = anchor_term(trace, self.targets, mask, args=self.args, denominator=context)
         terms["forget"] = self.forget(model, batches, outputs, denominators, metrics)
