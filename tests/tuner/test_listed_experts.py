@@ -39,3 +39,5 @@ def test_of_an_experts_linear_modules_only_the_last_one_writes_its_output(monkey
         targets = _expert_targets(UOEConfig(target_experts=[(2, 1), (2, 3)]), block, (1, 3))
         writing = [path.rsplit(".", 2)[-2:] for path, target in targets.items() if target.writes_output]
         assert writing == [["1", last], ["3", last]]
+        chosen = UOEConfig(target_experts=[(2, 1)], target_projections=["".join([last])], train_router=False)
+        assert [target.writes_output for target in _expert_targets(chosen, block, (1,)).values()] == [True]

@@ -132,6 +132,8 @@ def test_engines_that_would_edit_different_things_are_refused_by_the_option(
     qwen.config.distributed_config = SimpleNamespace(**plain | {option: value})
     with pytest.raises(UnsupportedModelError, match=rf"DistributedConfig\({option}=\.\.\.\)"):
         _check_engine(qwen)
+    unknown = SimpleNamespace(config=qwen.config)  # of another library
+    _check_engine(unknown)  # type: ignore[arg-type]
     loaded_sharded(qwen, False)  # the option is in the config of a checkpoint, no more
     _check_engine(qwen)
 

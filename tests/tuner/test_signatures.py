@@ -25,7 +25,7 @@ from uoe_peft.tuner.delta import DeltaLayer
 NAMES = [
     (arguments.as_int, ["minimum"]),
     (arguments.as_number, ["zero"]),
-    (card.card, ["pictures"]),
+    (card.card, ["pictures", "moments_size"]),
     (loading.check_state_dict, ["prefix"]),
     (mixed_batches.handed_out, ["num_copies"]),
     (DeltaLayer.update_layer, ["projections", "indices", "delta_type"]),
