@@ -195,7 +195,7 @@ def test_what_is_pruned_may_be_truncated(qwen: PreTrainedModel) -> None:
             {"combination_type": "ties", "density": 0.5, "majority_sign_method": "mean"},
             "majority_sign_method must be",
         ),
-        ((["default", "second"], [1.0, 1.0]), {"combination_type": "cat"}, "different experts"),
+        ((["default", "second"], [1.0, 1.0]), {"combination_type": "".join("cat")}, "different experts"),
     ],
 )
 def test_bad_combinations_change_nothing(
