@@ -33,11 +33,11 @@ def test_zero_expert_silences_what_lies_under_a_merged_adapter() -> None:
 def test_of_an_experts_linear_modules_only_the_last_one_writes_its_output(monkeypatch) -> None:
     """By its place, not by its name: it is the one that would silence the expert."""
     block = find_moe_blocks(build("listed, router module"))[-1]
-    for names, last in ((("b", "c", "a"), "a"), (("c", "a", "b"), "b"), (("a", "b", "c"), "c")):
+    for names, last in ((("bb", "cc", "aa"), "aa"), (("cc", "aa", "bb"), "bb"), (("aa", "bb", "cc"), "cc")):
         monkeypatch.setattr(type(block.storage), "projections", names)
         monkeypatch.setattr(type(block.storage), "linear_name", lambda storage, name, index: f"{index}.{name}")
         targets = _expert_targets(UOEConfig(target_experts=[(2, 1), (2, 3)]), block, (1, 3))
         writing = [path.rsplit(".", 2)[-2:] for path, target in targets.items() if target.writes_output]
         assert writing == [["1", last], ["3", last]]
-        chosen = UOEConfig(target_experts=[(2, 1)], target_projections=["".join([last])], train_router=False)
+        chosen = UOEConfig(target_experts=[(2, 1)], target_projections=["".join(last)], train_router=False)
         assert [target.writes_output for target in _expert_targets(chosen, block, (1,)).values()] == [True]

@@ -49,6 +49,10 @@ def test_options_are_passed_by_name(function: Callable[..., Any], names: list[st
     [
         (UOEModel.merge_adapter, {"adapter_names": None, "safe_merge": False}),
         (UOEModel.merge_and_unload, {"progressbar": False, "safe_merge": False, "adapter_names": None}),
+        (
+            UOEModel._unload_and_optionally_merge,
+            {"merge": True, "progressbar": False, "safe_merge": False, "adapter_names": None},
+        ),
         (UOELayer.merge, {"safe_merge": False, "adapter_names": None}),
     ],
 )
