@@ -205,6 +205,11 @@ def test_no_module_imports_itself_in_a_ring() -> None:
     assert cycle(package_sources()) == []
 
 
+def test_files_are_short() -> None:
+    lengths = {module: len(source.splitlines()) for module, source in package_sources().items()}
+    assert {path: length for path, length in lengths.items() if length > 300} == {}
+
+
 def test_in_attribution_the_data_do_not_know_what_is_made_of_them() -> None:
     room = {name: source for name, source in package_sources().items() if name.startswith("attribution.")}
     assert cycle(room, with_types=True) == []

@@ -17,11 +17,10 @@ from uoe_peft.attribution.confidence import Confidence, assess
 from uoe_peft.attribution.expert_use import ExpertUse, Resamples, common_num_experts, measure_expert_use
 from uoe_peft.attribution.gradient import gradient_affinity
 from uoe_peft.attribution.sampling import SampleBatches, sample_batches
-from uoe_peft.attribution.scores import Gate, Score, contrast, random_affinity
+from uoe_peft.attribution.scores import Gate, Score, check_tells_apart, contrast, paired_contrast, random_affinity
 from uoe_peft.attribution.summary import warn_if_doubtful
 from uoe_peft.data.shares import Share
 from uoe_peft.data.tokenization import ProcessingClass
-from uoe_peft.moe import MoEBlock
 from uoe_peft.moe.passes import find_streamed
 from uoe_peft.moe.routing import select_blocks
 
@@ -106,7 +105,7 @@ def attribute_experts(
             "model would read from disk again and again; use 'gate', 'token_ratio' or 'contrast'"
         )
     blocks = select_blocks(model, layer_indices)
-    _check_tells_apart(blocks, score=score, gate=gate)
+    check_tells_apart(blocks, score=score, gate=gate)
     layers, num_experts = tuple(block.layer_idx for block in blocks), common_num_experts(blocks)
     settings = _Settings(layers, max_tokens, batch_size, max_length, include_prompt, num_resamples, seed, show_progress)
     forget = retain = None
@@ -210,8 +209,8 @@ def _routing(
     bootstrap, halves = forget.resamples.of(statistic)
     if score == "contrast" and retain is not None:
         retain_bootstrap, retain_halves = retain.resamples.of(statistic)
-        bootstrap = _paired_contrast(bootstrap, retain_bootstrap)
-        halves = _paired_contrast(halves, retain_halves)
+        bootstrap = paired_contrast(bootstrap, retain_bootstrap)
+        halves = paired_contrast(halves, retain_halves)
     if bootstrap is None:
         return affinity, None
     return affinity, assess(affinity, bootstrap, halves, top_k=forget.use.top_k)
@@ -250,7 +249,7 @@ def _ablation(
         retain_values, retain_bootstrap = rise(retain, "retain")
         values = contrast(values, kappa * retain_values)
         scaled = None if retain_bootstrap is None else kappa * retain_bootstrap
-        bootstrap = _paired_contrast(bootstrap, scaled)
+        bootstrap = paired_contrast(bootstrap, scaled)
     affinity = torch.full_like(table, torch.nan)
     affinity[rows, columns] = values
     if bootstrap is None:
@@ -260,14 +259,6 @@ def _ablation(
     return affinity, assess(affinity, spread, None, top_k=forget.use.top_k)
 
 
-def _paired_contrast(forget: Tensor | None, retain: Tensor | None) -> Tensor | None:
-    """Contrast of resamples one by one; the two sets are drawn independently, so any pairing will do."""
-    if forget is None or retain is None:
-        return None
-    count = min(len(forget), len(retain))
-    return contrast(forget[:count], retain[:count])
-
-
 def _check_choices(*, score: str, gate: str, num_candidates: int, num_resamples: int) -> None:
     for option, value, choices in (("score", score, get_args(Score)), ("gate", gate, get_args(Gate))):
         if value not in choices:
@@ -275,19 +266,6 @@ def _check_choices(*, score: str, gate: str, num_candidates: int, num_resamples:
     for option, number, least in (("num_candidates", num_candidates, 2), ("num_resamples", num_resamples, 1)):
         if number < least:
             raise ValueError(f"{option} must be at least {least}, got {number}")
-
-
-def _check_tells_apart(blocks: Sequence[MoEBlock], *, score: Score, gate: Gate) -> None:
-    """Refuse what is the same for all experts where every token uses all of them with weight 1."""
-    if all(block.gate_name for block in blocks):
-        return
-    if score == "token_ratio" or (gate == "applied" and score in ("gate", "contrast", "ablation")):
-        option = "score='token_ratio'" if score == "token_ratio" else "gate='applied'"
-        raise ValueError(
-            f"{option} cannot tell the experts apart: every token uses all of them with weight 1; use gate='softmax' "
-            "with score='gate', 'contrast' or 'ablation', which goes by their shares of what the layer computes, or "
-            "score='gradient'"
-        )
 
 
 def _seed_of(settings: _Settings, name: str) -> int:

@@ -7,11 +7,13 @@ Letters: B sequences, S positions, T = B * S tokens, E experts, K experts per to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from uoe_peft.moe import MoEBlock
 from uoe_peft.moe.routing import LayerRouting
 
 Score = Literal["gate", "token_ratio", "contrast", "ablation", "gradient", "random"]
@@ -81,3 +83,28 @@ def contrast(forget: Tensor, retain: Tensor) -> Tensor:
 def random_affinity(num_layers: int, num_experts: int, *, seed: int) -> Tensor:
     """Uniform in [0, 1), the control that every comparison needs. Shape `(L, E)`."""
     return torch.rand(num_layers, num_experts, generator=torch.Generator().manual_seed(seed))
+
+
+def paired_contrast(forget: Tensor | None, retain: Tensor | None) -> Tensor | None:
+    """Contrast of resamples one by one; the two sets are drawn independently, so any pairing will do."""
+    if forget is None or retain is None:
+        return None
+    count = min(len(forget), len(retain))
+    return contrast(forget[:count], retain[:count])
+
+
+def check_tells_apart(blocks: Sequence[MoEBlock], *, score: Score, gate: Gate) -> None:
+    """Refuse what is the same for all experts where every token uses all of them with weight 1.
+
+    Raises:
+        ValueError: Some block is of that kind, and the score or the gate cannot tell its experts apart.
+    """
+    if all(block.gate_name for block in blocks):
+        return
+    if score == "token_ratio" or (gate == "applied" and score in ("gate", "contrast", "ablation")):
+        option = "score='token_ratio'" if score == "token_ratio" else "gate='applied'"
+        raise ValueError(
+            f"{option} cannot tell the experts apart: every token uses all of them with weight 1; use gate='softmax' "
+            "with score='gate', 'contrast' or 'ablation', which goes by their shares of what the layer computes, or "
+            "score='gradient'"
+        )
