@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -205,8 +206,10 @@ def test_no_module_imports_itself_in_a_ring() -> None:
     assert cycle(package_sources()) == []
 
 
-def test_files_are_short() -> None:
+def test_files_are_short_and_rooms_are_small() -> None:
     lengths = {module: len(source.splitlines()) for module, source in package_sources().items()}
+    sizes = Counter(module.rpartition(".")[0] for module in lengths)
+    assert {room: size for room, size in sizes.items() if size > 14} == {}
     assert {path: length for path, length in lengths.items() if length > 300} == {}
 
 

@@ -18,7 +18,7 @@ from transformers import TrainerControl
 from trl.trainer.sft_config import SFTConfig
 
 from uoe_peft.cli import STAGES, main, message_of
-from uoe_peft.cli.help import help_of, options_of
+from uoe_peft.cli.help import help_of, options_of, path_of
 from uoe_peft.cli.loading import load_rows, with_columns
 from uoe_peft.cli.outputs import check_file, check_folder
 from uoe_peft.cli.stopping import StopAfterStep
@@ -75,14 +75,14 @@ def test_help_shows_our_options_first_as_they_are() -> None:
 def test_help_tells_every_option_of_a_stage(stage: str) -> None:
     from importlib import import_module
 
-    module = import_module(f"uoe_peft.cli.stages.{stage}")
+    path = path_of(stage)
+    module = import_module(f"uoe_peft.{path.removesuffix('.py').replace('/', '.')}")
     options: Any = next(value for name, value in vars(module).items() if name.endswith("Arguments"))
     for field in fields(options):
         needed = field.default is MISSING and field.default_factory is MISSING
         assert f"--{field.name}" in help_of(stage)
         assert needed == any(
-            option.name == field.name and option.default is None
-            for option in options_of(f"cli/stages/{stage}.py", options.__name__)
+            option.name == field.name and option.default is None for option in options_of(path, options.__name__)
         )
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests.forked import forked
 from uoe_peft.cli import main
-from uoe_peft.cli.stages import inspect as inspect_stage
+from uoe_peft.cli.stages.on_disk import inspect as inspect_stage
 from uoe_peft.testbed import FORGET_TOPIC, TOPICS, checkpoint_path, load_facts
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

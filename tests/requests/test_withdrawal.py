@@ -88,10 +88,12 @@ def test_a_model_with_one_request_is_the_base_inside() -> None:
         pass
 
 
-@pytest.mark.parametrize("cached", [False, "auto"])
-def test_a_step_adds_the_facts_of_one_request_with_its_adapter_off(tmp_path: Path, cached: Any) -> None:
-    known = facts("H", "I", "J", "K")  # as many as a batch has rows, so that all are drawn
-    options = {"prefix_cache": cached}
+@pytest.mark.parametrize(("cached", "accumulation"), [(False, 1), ("auto", 1), (False, 2)])
+def test_a_step_adds_the_facts_of_one_request_with_its_adapter_off(
+    tmp_path: Path, cached: Any, accumulation: int
+) -> None:
+    known = facts("H", "I", "J", "K")  # as many as a batch has rows, so that all are drawn in each micro-batch
+    options = {"prefix_cache": cached, "gradient_accumulation_steps": accumulation}
     _, plain = trained(UnlearningTrainer, tmp_path, options)
     trainer, both = trained(RequestTrainer, tmp_path, options, earlier={"second": known})
     own = {name: p for name, p in three_requests().named_parameters() if ".new." in name}

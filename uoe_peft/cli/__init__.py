@@ -14,7 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from uoe_peft import __version__
-from uoe_peft.cli.help import help_of
+from uoe_peft.cli.help import help_of, path_of
 
 STAGES = {
     "demo": "find the expert of a topic, unlearn it, switch it on and off, on a small bundled model",
@@ -90,7 +90,8 @@ def _run(stage: str, options: list[str]) -> None:
             # PEFT 0.21 asks models for transformers' old name of activation checkpointing, each time it wraps one.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             # Imported only now: help should not wait for torch.
-            import_module(f"uoe_peft.cli.stages.{stage}").run([word for word in options if word != "--traceback"])
+            module = path_of(stage).removesuffix(".py").replace("/", ".")
+            import_module(f"uoe_peft.{module}").run([word for word in options if word != "--traceback"])
     except KeyboardInterrupt as interrupt:
         print(f"\nuoe-peft {stage}: stopped. {interrupt}".rstrip(), file=sys.stderr)
         raise SystemExit(130) from interrupt

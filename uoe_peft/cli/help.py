@@ -40,9 +40,10 @@ class Option:
 
 def help_of(stage: str) -> str:
     """The help text of a stage, its own options first."""
-    tree = _tree(f"{_STAGES}/{stage}.py")
+    path = path_of(stage)
+    tree = _tree(path)
     lines = [f"usage: uoe-peft {stage} [--config FILE.yaml] [options]", "", ast.get_docstring(tree) or "", ""]
-    lines += ["options:", *_table(options_of(f"{_STAGES}/{stage}.py", _name_of_options(tree)))]
+    lines += ["options:", *_table(options_of(path, _name_of_options(tree)))]
     if stage == "unlearn":
         lines += ["", "training:", *_table(options_of(_TRAINING, "UnlearningConfig"))]
         lines += ["", "of TRL and transformers, the usual ones:"]
@@ -52,6 +53,12 @@ def help_of(stage: str) -> str:
         "--help_all           all options" + (", those of TRL and transformers too" if stage == "unlearn" else "")
     ]
     return "\n".join([*lines, "--traceback          show where an error was raised"])
+
+
+def path_of(stage: str) -> str:
+    """The module of a stage, seen from the package's folder: it has the stage's name, in whichever folder it is."""
+    (path,) = (_PACKAGE / _STAGES).rglob(f"{stage}.py")
+    return path.relative_to(_PACKAGE).as_posix()
 
 
 def options_of(path: str, class_name: str) -> list[Option]:

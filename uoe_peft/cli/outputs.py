@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
+
+from uoe_peft.checkpoints import why_not_writable
 
 
 def check_file(path: str | None, *, overwrite: bool, option: str) -> None:
@@ -67,10 +67,5 @@ def check_apart(path: str, *, adapter: str | None) -> None:
 
 
 def _check_writable(folder: Path, *, option: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=folder, prefix=".writable")
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}; name another --{option}") from error
-    os.close(descriptor)
-    os.unlink(name)
+    if reason := why_not_writable(folder):
+        raise ValueError(f"cannot write to {folder}: {reason}; name another --{option}")

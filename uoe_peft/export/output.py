@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from uoe_peft.checkpoints import why_not_writable
+
 _REMAINS = ".partial"
 
 
@@ -67,12 +69,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         ValueError: They cannot.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    if reason := why_not_writable(folder):
+        raise ValueError(f"cannot write to {folder}: {reason}; choose another folder")
 
 
 def sync(path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from uoe_peft.checkpoints import why_not_writable
 from uoe_peft.moe.segments import LayerState
 
 _PROGRESS = "progress.json"
@@ -156,12 +157,8 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: They cannot.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"state_dir {folder} cannot be written ({error}); name another folder, or none") from error
+    if reason := why_not_writable(folder):
+        raise ValueError(f"state_dir {folder} cannot be written ({reason}); name another folder, or none")
 
 
 def own_folder(folder: Path) -> Path:

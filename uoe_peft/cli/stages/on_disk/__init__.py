@@ -1,0 +1,1 @@
+"""Stages that read and write adapters and checkpoints; no model runs."""
