@@ -16,7 +16,6 @@ and not repeated.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from linked import GROUPS, LinkedGround, as_set, in_training
 from linked_facts import Request
+from resumed import Runs
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
@@ -87,22 +87,16 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     disable_progress_bars()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path = args.output_dir / "runs.jsonl"
-    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    runs = Runs(args.output_dir)
     wanted = [("base", "none"), ("any", "skip"), *product(args.choices, CONTROLS)]
     for asked in [testbed()] if args.linked is None else linked(args.linked):
         betas = median_ratios(asked)
-        for choice, control in wanted:
-            key = {"ground": asked.name, "experts": choice, "control": control}
-            if any(key.items() <= run.items() for run in runs):
-                continue
+        keys = ({"ground": asked.name, "experts": choice, "control": control} for choice, control in wanted)
+        for key in runs.missing(keys):
+            choice, control = key["experts"], key["control"]
             pairs = [] if choice == "base" else None if choice == "any" else chosen(asked, choice)
             with controlled(asked.model, pairs, control, betas=betas):
-                runs.append({**key, "pairs": pairs, "scores": dict(asked.score(asked.model))})
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(runs[-1]) + "\n")
-            print(runs[-1], flush=True)
+                runs.keep({**key, "pairs": pairs, "scores": dict(asked.score(asked.model))})
     print("\n\n".join(tables(runs)))
 
 

@@ -15,11 +15,11 @@ Scores: ROUGE-L recall of greedy answers, 120 facts of each set. Runs are append
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets, disable_progress_bars
 from peft import LoraConfig, PeftModel
+from resumed import Runs
 from transformers import AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -72,19 +73,10 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     disable_progress_bars()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path, started = args.output_dir / "runs.jsonl", time.perf_counter()
-    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    runs = Runs(args.output_dir, minutes=args.minutes)
     ground = Ground(args)
-    for seed in args.seeds:
-        for method in args.methods:
-            known = any((run["method"], run["seed"]) == (method, seed) for run in runs)
-            if known or time.perf_counter() - started > args.minutes * 60:
-                continue
-            runs.append({"method": method, "seed": seed, **ground.run(method, seed)})
-            print(runs[-1], flush=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(runs[-1]) + "\n")
+    for key in runs.missing({"method": method, "seed": seed} for seed, method in product(args.seeds, args.methods)):
+        runs.keep(key | ground.run(**key))
     print(table(runs))
 
 

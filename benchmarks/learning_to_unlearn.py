@@ -16,7 +16,6 @@ Losses, rates, experts, scores and the attack are those of `depth.py`: NPO with 
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -31,6 +30,7 @@ import depth
 import torch
 from datasets import disable_progress_bars
 from peft import PeftModel
+from resumed import Runs
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
@@ -65,20 +65,14 @@ def main() -> None:
     disable_progress_bars()
     if unknown := sorted(set(args.kinds) - set(KINDS)) + sorted(set(args.parts) - set(depth.PARTS)):
         raise ValueError(f"--kinds takes {list(KINDS)} and --parts {list(depth.PARTS)}, got {unknown}")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path, started = args.output_dir / "runs.jsonl", time.perf_counter()
-    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    runs = Runs(args.output_dir, minutes=args.minutes)
     ground = depth.Ground()
-    for seed, part, kind in product(args.seeds, args.parts, args.kinds):
-        key = {"seed": seed, "part": part, "kind": kind, "alpha": args.alpha if KINDS[kind][0] else 0.0}
-        if any(key.items() <= run.items() for run in runs):
-            continue
-        if time.perf_counter() - started > args.minutes * 60:
-            break
-        runs.append(key | unlearn(ground, part, kind, seed=seed, alpha=args.alpha))
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(runs[-1]) + "\n")
-        print(runs[-1], flush=True)
+    wanted = (
+        {"seed": seed, "part": part, "kind": kind, "alpha": args.alpha if KINDS[kind][0] else 0.0}
+        for seed, part, kind in product(args.seeds, args.parts, args.kinds)
+    )
+    for key in runs.missing(wanted):
+        runs.keep(key | unlearn(ground, key["part"], key["kind"], seed=key["seed"], alpha=args.alpha))
     print(table(runs))
 
 

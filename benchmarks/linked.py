@@ -16,7 +16,6 @@ is made twice; `--minutes 0` prints the tables.
 
 from __future__ import annotations
 
-import json
 import random
 import tempfile
 import time
@@ -34,6 +33,7 @@ from datasets import Dataset, disable_progress_bars
 from linked_facts import COMPANIES, DOMAINS, Request, hops, linked_facts, linked_graph, requested, unknown_links
 from natural import new_model, train_step
 from peft import LoraConfig, PeftConfig
+from resumed import Runs
 from tofu_model import adamw, set_rate, shuffled_batches, train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
@@ -67,21 +67,13 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     disable_progress_bars()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path, started = args.output_dir / "runs.jsonl", time.perf_counter()
-    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    runs = Runs(args.output_dir, minutes=args.minutes)
     grounds: dict[int, LinkedGround] = {}
-    for seed, request, kept, part in wanted(args):
-        key = {"seed": seed, "request": request, "kept": kept, "part": part}
-        if any(key.items() <= run.items() for run in runs):
-            continue
-        if time.perf_counter() - started > args.minutes * 60:
-            break
+    names = ("seed", "request", "kept", "part")
+    for key in runs.missing(dict(zip(names, run, strict=True)) for run in wanted(args)):
+        seed, request, kept, part = (key[name] for name in names)
         ground = grounds.setdefault(seed, LinkedGround(args.output_dir / str(seed), seed=seed, epochs=args.epochs))
-        runs.append(key | ground.run(request, part, far=kept == "far"))
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(runs[-1]) + "\n")
-        print(runs[-1], flush=True)
+        runs.keep(key | ground.run(request, part, far=kept == "far"))
     print("\n\n".join(tables(runs)))
 
 
