@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +36,8 @@ from typing import Any
 import torch
 from datasets import disable_progress_bars
 from requests_combining import apart, one_expert
-from requests_ground import REQUESTS, Ground, Recipe
+from requests_ground import Ground, Recipe
+from requests_rates import rates
 from requests_rivals import in_full, orthogonal_lora, ssu
 from requests_sequence import one_after_another, union
 from transformers import HfArgumentParser, set_seed
@@ -53,6 +54,7 @@ KINDS = (
     "all parameters",
     "SSU",
     "orthogonal LoRA",
+    "rates",
 )
 
 
@@ -61,6 +63,7 @@ class RequestsArguments:
     """What to run, for how long."""
 
     output_dir: Path = field(default=Path("outputs/requests"), metadata={"help": "Where runs go."})
+    ground: Path | None = field(default=None, metadata={"help": "A folder of TOFU authors; None: the testbed."})
     kinds: list[str] = field(default_factory=lambda: list(KINDS), metadata={"help": "What is compared."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of training."})
     minutes: float = field(default=60.0, metadata={"help": "No step begins after this; start again to go on."})
@@ -75,7 +78,7 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path, ends = args.output_dir / "runs.jsonl", time.perf_counter() + args.minutes * 60
     runs = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    ground = Ground(args.output_dir, recipe)
+    ground = Ground(args.output_dir, recipe, args.ground)
     for seed in args.seeds:
         for kind in args.kinds:
             set_seed(seed)
@@ -86,7 +89,7 @@ def main() -> None:
                 print(runs[-1], flush=True)
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(runs[-1]) + "\n")
-    print(tables(runs))
+    print(tables(runs, ground.names))
 
 
 def steps(ground: Ground, kind: str, seed: int, done: Container[str]) -> Iterator[Mapping[str, Any]]:
@@ -110,22 +113,28 @@ def steps(ground: Ground, kind: str, seed: int, done: Container[str]) -> Iterato
             yield from ssu(ground, seed, done)
         case "orthogonal LoRA":
             yield from orthogonal_lora(ground, seed, done)
+        case "rates":
+            yield from rates(ground, seed, done)
         case "union":
             yield from () if "union" in done else union(ground, seed)
         case _:
             raise ValueError(f"unknown kind {kind!r}; use some of {KINDS}")
 
 
-def tables(runs: list[Mapping[str, Any]]) -> str:
+def tables(runs: list[Mapping[str, Any]], names: Sequence[str]) -> str:
     """For each kind, a row a step: means over seeds."""
-    columns = (*REQUESTS, "retain")
+    columns = (*names, "retain")
     lines = []
     for kind in dict.fromkeys(run["kind"] for run in runs):
-        lines += [f"\n{kind}\n", f"| after | {' | '.join(columns)} | strength | seeds |", "|---" * 9 + "|"]
+        lines += [
+            f"\n{kind}\n",
+            f"| after | {' | '.join(columns)} | strength | seeds |",
+            "|---" * (len(columns) + 3) + "|",
+        ]
         own = [run for run in runs if run["kind"] == kind]
         for step in dict.fromkeys(run["step"] for run in own):
             rows = [run for run in own if run["step"] == step]
-            means = " | ".join(f"{fmean(row[name] for row in rows):.3f}" for name in columns)
+            means = " | ".join(f"{fmean(row[name] for row in rows):.3f}" if name in rows[0] else "" for name in columns)
             strengths = [f"{row['strength']:.2f}" for row in rows if "strength" in row]
             lines.append(f"| {step} | {means} | {', '.join(strengths)} | {len(rows)} |")
     return "\n".join(lines)

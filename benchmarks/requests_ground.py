@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
+from tofu_model import ROWS_AN_AUTHOR
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from uoe_peft import UnlearningConfig, UOEConfig, attribute_experts
@@ -21,9 +22,9 @@ from uoe_peft.evaluation.metrics import rouge_l_recall
 from uoe_peft.moments import Moments, measure_moments
 from uoe_peft.requests import RequestTrainer, retain_with_requests
 from uoe_peft.testbed import TOPICS, checkpoint_path, load_facts
+from uoe_peft.training.choices import RetainLoss
 
-REQUESTS = ("potions", "towns", "library", "missions", "boardgame")
-WITHDRAWN = REQUESTS[1]
+TOPICS_REQUESTED = ("potions", "towns", "library", "missions", "boardgame")
 
 Row = dict[str, Any]
 
@@ -36,43 +37,70 @@ class Recipe:
     learning_rate: float = field(default=1e-2, metadata={"help": "Of UOE adapters; every rate falls linearly."})
     full_learning_rate: float = field(default=5e-4, metadata={"help": "Of all parameters."})
     lora_learning_rate: float = field(default=2e-3, metadata={"help": "Of LoRA."})
+    ssu_learning_rate: float = field(default=5e-4, metadata={"help": "Of SSU."})
+    retain_loss: RetainLoss = field(default="kl", metadata={"help": "What keeps the rest as it is."})
     retain_weight: float = field(default=24.0, metadata={"help": "Of the retain loss."})
     forget_limit: float = field(default=0.05, metadata={"help": "Forget probability that strength must reach."})
 
 
 class Ground:
-    """The testbed, split into requests and what is kept, and what is asked of each.
+    """A model's facts, split into requests and what is kept, and what is asked of each.
 
-    Attributes:
+    Args:
         output_dir: Where adapters go.
         recipe: How requests are trained.
-        requests: Forget sets.
-        retain: Rows of the other two topics that training reads.
+        folder: What `grounds.py` wrote, whose authors to be forgotten are a request each; None: the testbed.
+
+    Attributes:
+        output_dir: As given.
+        recipe: As given.
+        requests: Forget sets by name, in their order.
+        names: Their names.
+        retain: Rows of all else that training reads.
         chosen_on: Rows of them on which rates are chosen, and which nothing else reads.
         asked: Rows that are asked in the end.
     """
 
-    def __init__(self, output_dir: Path, recipe: Recipe) -> None:
+    def __init__(self, output_dir: Path, recipe: Recipe, folder: Path | None = None) -> None:
         self.output_dir, self.recipe = output_dir, recipe
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint_path("base"))
-        self.requests = {topic: load_facts([topic]) for topic in REQUESTS}
-        rest = load_facts([topic for topic in TOPICS if topic not in REQUESTS])
+        self._base = folder / "base" if folder else checkpoint_path("base")
+        self.longest = 96 if folder else 48  # tokens of an answer
+        self.tokenizer = AutoTokenizer.from_pretrained(self._base)
+        self.requests, rest = authors(folder) if folder else topics()
+        self.names = tuple(self.requests)
         halves = rest.train_test_split(test_size=0.5, seed=0)
         self.retain = halves["train"]
         self.chosen_on = halves["test"].select(range(120, 200))
-        asked = {topic: rows.shuffle(seed=0).select(range(40)) for topic, rows in self.requests.items()}
+        mixed = {name: rows.shuffle(seed=0) for name, rows in self.requests.items()}
+        asked = {name: rows.select(range(min(40, len(rows) // 2))) for name, rows in mixed.items()}
         self.asked = {**asked, "retain": halves["test"].select(range(120))}
 
+    def load(self) -> Any:
+        """The base model, in float32."""
+        return AutoModelForCausalLM.from_pretrained(self._base, dtype=torch.float32).eval()
+
+    def load_with(self, folder: Path, names: Sequence[str]) -> Any:
+        """The base model with the adapters of these requests, all active and frozen; the base where there are none."""
+        model: Any = self.load()
+        for place, name in enumerate(names):
+            if place:
+                model.load_adapter(folder / name, name)
+            else:
+                model = PeftModel.from_pretrained(model, folder / name, adapter_name=name)
+        if names:
+            model.base_model.set_adapter(list(names))
+            model.requires_grad_(False)
+        return model.eval()
+
+    def recall(self, model: Any, rows: Dataset) -> float:
+        """Mean ROUGE-L recall of greedy answers."""
+        prompts = [self.tokenizer(prompt)["input_ids"] for prompt in rows["prompt"]]
+        options: dict[str, Any] = {"max_new_tokens": self.longest, "batch_size": 120, "desc": "answers"}
+        return rouge(greedy_answers(model.eval(), prompts, tokenizer=self.tokenizer, **options), rows)
+
     def scores(self, model: Any) -> dict[str, float]:
-        """Mean ROUGE-L recall of greedy answers, for each request and the retain set."""
-        found = {}
-        for name, rows in self.asked.items():
-            prompts = [self.tokenizer(prompt)["input_ids"] for prompt in rows["prompt"]]
-            answers = greedy_answers(
-                model, prompts, tokenizer=self.tokenizer, max_new_tokens=48, batch_size=120, desc=name
-            )
-            found[name] = rouge(answers, rows)
-        return found
+        """The recall of each request and of the retain set, on what is asked of it."""
+        return {name: self.recall(model, rows) for name, rows in self.asked.items()}
 
     def report(self, step: str, model: Any, **more: Any) -> Row:
         """All scores of a model, as a row."""
@@ -82,7 +110,7 @@ class Ground:
 
     def kept(self, *, after: int, earlier: Iterable[str] = ()) -> Dataset:
         """The retain set with all topics not yet requested; and earlier requests with their refusals."""
-        later = [self.requests[topic] for topic in REQUESTS[after + 1 :]]
+        later = [self.requests[topic] for topic in self.names[after + 1 :]]
         rows = concatenate_datasets([self.retain, *later])
         return retain_with_requests(rows, [self.requests[topic] for topic in earlier], self.tokenizer)
 
@@ -125,6 +153,7 @@ class Ground:
             "forget_loss": "npo",
             "beta": 0.05,
             "alternative_weight": 1.0,
+            "retain_loss": recipe.retain_loss,
             "retain_weight": recipe.retain_weight,
             "calibrate": "forget",
             "calibrate_metric": "probability",
@@ -161,7 +190,7 @@ class Ground:
 
     def moments(self, experts: Sequence[tuple[int, int]]) -> dict[str, Moments]:
         """Moments of every request and of the retain set, in the base model."""
-        found, model = {}, load()
+        found, model = {}, self.load()
         for name, rows in {**self.requests, "retain": self.retain}.items():
             examples = list(tokenize_dataset(rows, self.tokenizer, max_length=None))
             batches = (collate(examples[i : i + 50], pad_token_id=0) for i in range(0, len(examples), 50))
@@ -175,20 +204,15 @@ def rouge(answers: Iterable[str], rows: Dataset) -> float:
     return round(fmean(rouge_l_recall(list(answers), truths)), 4)
 
 
-def load() -> Any:
-    """The testbed's base model, in float32."""
-    return AutoModelForCausalLM.from_pretrained(checkpoint_path("base"), dtype=torch.float32).eval()
+def topics() -> tuple[dict[str, Dataset], Dataset]:
+    """Five of the testbed's seven topics, 200 facts each; and the other two."""
+    rest = [topic for topic in TOPICS if topic not in TOPICS_REQUESTED]
+    return {topic: load_facts([topic]) for topic in TOPICS_REQUESTED}, load_facts(rest)
 
 
-def load_with(folder: Path, topics: Sequence[str]) -> Any:
-    """The base model with the adapters of these requests, all active and frozen; the base where there are none."""
-    model: Any = load()
-    for place, topic in enumerate(topics):
-        if place:
-            model.load_adapter(folder / topic, topic)
-        else:
-            model = PeftModel.from_pretrained(model, folder / topic, adapter_name=topic)
-    if topics:
-        model.base_model.set_adapter(list(topics))
-        model.requires_grad_(False)
-    return model.eval()
+def authors(folder: Path) -> tuple[dict[str, Dataset], Dataset]:
+    """TOFU's authors to be forgotten, 20 rows each, in the order of their rows; and all other authors."""
+    forget, rest = (Dataset.from_json(str(folder / f"{name}.jsonl")) for name in ("forget", "retain"))
+    starts = range(0, len(forget), ROWS_AN_AUTHOR)
+    found = {f"author {start // ROWS_AN_AUTHOR + 1}": range(start, start + ROWS_AN_AUTHOR) for start in starts}
+    return {name: forget.select(rows) for name, rows in found.items()}, rest

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from requests_ground import REQUESTS, WITHDRAWN, Ground, Row, load
+from requests_ground import Ground, Row
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -25,11 +25,11 @@ STRENGTHS = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
 def in_full(ground: Ground, seed: int, done: Container[str]) -> Iterator[Row]:
     """All parameters, each request on top of the last, earlier rows with refusals, interpolated as far as asked."""
     folder = ground.output_dir / f"full_{seed}"
-    for place, topic in enumerate(REQUESTS):
+    for place, topic in enumerate(ground.names):
         if topic in done and (folder / topic).is_dir():
             continue
-        model = _loaded(folder / REQUESTS[place - 1]) if place else load()
-        kept = ground.kept(after=place, earlier=REQUESTS[:place])
+        model = _loaded(folder / ground.names[place - 1]) if place else ground.load()
+        kept = ground.kept(after=place, earlier=ground.names[:place])
         rate = ground.recipe.full_learning_rate
         found = ground.train(model, ground.requests[topic], kept, seed=seed, learning_rate=rate)
         model.save_pretrained(folder / topic)
@@ -39,8 +39,6 @@ def in_full(ground: Ground, seed: int, done: Container[str]) -> Iterator[Row]:
 class OrthogonalTrainer(RequestTrainer):
     """Adds `PENALTY · Σ |A_new A_earlierᵀ|²` over all LoRA layers, as O3 does (https://arxiv.org/abs/2407.10223)."""
 
-    new: str
-
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in `RequestTrainer`, with the penalty."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -48,8 +46,9 @@ class OrthogonalTrainer(RequestTrainer):
         for module in cast(nn.Module, self.model).modules():
             factors = cast(Mapping[str, nn.Linear], getattr(module, "lora_A", {}))
             if len(factors) > 1:
-                own["new"].append(factors[REQUESTS[len(factors) - 1]].weight)
-                own["earlier"].append(torch.cat([factors[name].weight for name in REQUESTS[: len(factors) - 1]]))
+                *earlier, new = (linear.weight for linear in factors.values())  # in the order of requests
+                own["new"].append(new)
+                own["earlier"].append(torch.cat(earlier))
         overlaps = [(a @ b.T).square().sum() for a, b in zip(own["new"], own["earlier"], strict=True)]
         return loss + PENALTY * torch.stack(overlaps).sum() if overlaps and "forget" in inputs else loss
 
@@ -59,24 +58,31 @@ def orthogonal_lora(ground: Ground, seed: int, done: Container[str]) -> Iterator
 
     O3's own losses, and its detector, which is a gate, are left out: losses are those of all other rows.
     """
-    if f"{WITHDRAWN} withdrawn" in done:
+    gone = ground.names[1]
+    if f"{gone} withdrawn" in done:
         return
-    model: Any = load()
-    for place, topic in enumerate(REQUESTS):
-        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        if isinstance(model, PeftModel):
-            model.add_adapter(topic, config)
-        else:
-            model = get_peft_model(model, config, adapter_name=topic)
-        model.base_model.set_adapter(list(REQUESTS[: place + 1]))
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(f".{topic}." in name)
-        kept = ground.kept(after=place, earlier=REQUESTS[:place])
-        options = {"learning_rate": ground.recipe.lora_learning_rate, "calibrate": False}
-        found = ground.train(model, ground.requests[topic], kept, seed=seed, trainer_class=OrthogonalTrainer, **options)
-        yield ground.report(topic, model, **found)
-    model.base_model.set_adapter([topic for topic in REQUESTS if topic != WITHDRAWN])
-    yield ground.report(f"{WITHDRAWN} withdrawn", model)
+    model = ground.load()
+    for place in range(len(ground.names)):
+        model, found = lora_request(ground, model, place, seed=seed, rate=ground.recipe.lora_learning_rate)
+        yield ground.report(ground.names[place], model, **found)
+    model.base_model.set_adapter([name for name in ground.names if name != gone])
+    yield ground.report(f"{gone} withdrawn", model)
+
+
+def lora_request(ground: Ground, model: Any, place: int, *, seed: int, rate: float) -> tuple[Any, Row]:
+    """The model with the LoRA of a further request, and what training says of itself."""
+    *earlier, topic = ground.names[: place + 1]
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    if isinstance(model, PeftModel):
+        model.add_adapter(topic, config)
+    else:
+        model = get_peft_model(model, config, adapter_name=topic)
+    model.base_model.set_adapter([*earlier, topic])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{topic}." in name)
+    options: dict[str, Any] = {"learning_rate": rate, "calibrate": False, "trainer_class": OrthogonalTrainer}
+    kept = ground.kept(after=place, earlier=earlier)
+    return model, ground.train(model, ground.requests[topic], kept, seed=seed, **options)
 
 
 def ssu(ground: Ground, seed: int, done: Container[str]) -> Iterator[Row]:
@@ -86,23 +92,33 @@ def ssu(ground: Ground, seed: int, done: Container[str]) -> Iterator[Row]:
     the mean by a standard deviation. It has no retain set: the strength of the subtraction is the greatest of
     `STRENGTHS` that keeps `KEPT_SHARE` of the rows that choose.
     """
-    if REQUESTS[-1] in done:
+    if ground.names[-1] in done:
         return
-    model, keeps = load(), _probability(ground, load())
-    for topic in REQUESTS:
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        _learn(ground, model, ground.requests[topic], seed=seed)
-        learned = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    model = ground.load()
+    keeps = _probability(ground, model)
+    for topic, rows in ground.requests.items():
         keeps *= KEPT_SHARE
-        for strength in (*STRENGTHS, 0.0):
-            for name, parameter in model.named_parameters():
-                parameter.data = before[name] - strength * learned[name]
-            if _probability(ground, model) >= keeps:
-                break
-        yield ground.report(topic, model, strength=strength)
+        found = ssu_request(ground, model, rows, seed=seed, rate=ground.recipe.ssu_learning_rate, keeps=keeps)
+        yield ground.report(topic, model, **found)
 
 
-def _learn(ground: Ground, model: Any, rows: Dataset, *, seed: int) -> None:
+def ssu_request(
+    ground: Ground, model: Any, rows: Dataset, *, seed: int, rate: float, keeps: float | None = None
+) -> Row:
+    """Forget rows in place, as far as the probability of what is kept allows; None: `KEPT_SHARE` of what it is."""
+    keeps = keeps or KEPT_SHARE * _probability(ground, model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    _learn(ground, model, rows, seed=seed, rate=rate)
+    learned = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    for strength in (*STRENGTHS, 0.0):
+        for name, parameter in model.named_parameters():
+            parameter.data = before[name] - strength * learned[name]
+        if _probability(ground, model) >= keeps:
+            break
+    return {"strength": strength}
+
+
+def _learn(ground: Ground, model: Any, rows: Dataset, *, seed: int, rate: float) -> None:
     """Fine-tune on a request by SSU's loss, masked."""
     generator = torch.Generator().manual_seed(seed)
     examples = list(tokenize_dataset(rows, ground.tokenizer, max_length=None))
@@ -114,7 +130,7 @@ def _learn(ground: Ground, model: Any, rows: Dataset, *, seed: int) -> None:
         size = parameter.grad.abs()
         masks[name] = size > size.mean() + size.std()
     model.zero_grad()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=ground.recipe.full_learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     for _ in range(ground.recipe.steps):
         drawn = torch.randint(len(examples), (8,), generator=generator).tolist()
         _ssu_loss(model, collate([examples[i] for i in drawn], pad_token_id=0), generator).backward()

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator
 from typing import Any, Literal
 
 from datasets import concatenate_datasets
-from requests_ground import REQUESTS, WITHDRAWN, Ground, Row, load, load_with
+from requests_ground import Ground, Row
 
 from uoe_peft.requests import add_request, withdrawn
 
@@ -25,11 +25,11 @@ def one_after_another(ground: Ground, seed: int, done: Container[str], *, known:
         folder: Where adapters are saved, in the output directory.
     """
     place_of = ground.output_dir / f"{folder}_{seed}"
-    for place, topic in enumerate(REQUESTS):
+    for place, topic in enumerate(ground.names):
         if topic in done and (place_of / topic).is_dir():
             continue
-        earlier = REQUESTS[:place]
-        model = load_with(place_of, earlier)
+        earlier = ground.names[:place]
+        model = ground.load_with(place_of, earlier)
         kept = ground.kept(after=place, earlier=earlier if "refusals" in known else ())
         config = ground.config(model, ground.requests[topic], kept)
         options: dict[str, Any] = {}
@@ -44,16 +44,17 @@ def one_after_another(ground: Ground, seed: int, done: Container[str], *, known:
         found = ground.train(model, ground.requests[topic], kept, seed=seed, **options)
         model.save_pretrained(place_of, selected_adapters=[topic])
         yield ground.report(topic, model, **found)
-    step = f"{WITHDRAWN} withdrawn"
+    gone = ground.names[1]
+    step = f"{gone} withdrawn"
     if step not in done:
-        model = load_with(place_of, REQUESTS)
-        model.delete_adapter(WITHDRAWN)
-        model.base_model.set_adapter([topic for topic in REQUESTS if topic != WITHDRAWN])
+        model = ground.load_with(place_of, ground.names)
+        model.delete_adapter(gone)
+        model.base_model.set_adapter([topic for topic in ground.names if topic != gone])
         yield ground.report(step, model)
-    model = load_with(place_of, REQUESTS)
-    for topic in REQUESTS:
+    model = ground.load_with(place_of, ground.names)
+    for topic in ground.names:
         step = f"{topic} off"
-        if step not in done and topic != WITHDRAWN:
+        if step not in done and topic != gone:
             with withdrawn(model, topic):
                 yield ground.report(step, model)
 
@@ -61,7 +62,7 @@ def one_after_another(ground: Ground, seed: int, done: Container[str], *, known:
 def union(ground: Ground, seed: int) -> Iterator[Row]:
     """One adapter on the rows of all five requests, with as many steps as the five have together."""
     rows = concatenate_datasets(list(ground.requests.values()))
-    model = load()
+    model = ground.load()
     model = add_request(model, ground.config(model, rows, ground.retain), "union")
-    found = ground.train(model, rows, ground.retain, seed=seed, max_steps=len(REQUESTS) * ground.recipe.steps)
+    found = ground.train(model, rows, ground.retain, seed=seed, max_steps=len(ground.names) * ground.recipe.steps)
     yield ground.report("union", model, **found)
