@@ -38,8 +38,8 @@ class Recipe:
     full_learning_rate: float = field(default=5e-4, metadata={"help": "Of all parameters."})
     lora_learning_rate: float = field(default=2e-3, metadata={"help": "Of LoRA."})
     ssu_learning_rate: float = field(default=5e-4, metadata={"help": "Of SSU."})
-    retain_loss: RetainLoss = field(default="kl", metadata={"help": "What keeps the rest as it is."})
-    retain_weight: float = field(default=24.0, metadata={"help": "Of the retain loss."})
+    retain_loss: RetainLoss = field(default="embed_diff", metadata={"help": "What keeps the rest as it is."})
+    retain_weight: float = field(default=3.0, metadata={"help": "Of the retain loss."})
     forget_limit: float = field(default=0.05, metadata={"help": "Forget probability that strength must reach."})
 
 
@@ -155,6 +155,7 @@ class Ground:
             "alternative_weight": 1.0,
             "retain_loss": recipe.retain_loss,
             "retain_weight": recipe.retain_weight,
+            "rmu_layer": model.config.num_hidden_layers - 1,  # the last: what answers are read from
             "calibrate": "forget",
             "calibrate_metric": "probability",
             "calibrate_forget_limit": recipe.forget_limit,
