@@ -40,6 +40,7 @@ class Recipe:
     ssu_learning_rate: float = field(default=5e-4, metadata={"help": "Of SSU."})
     retain_loss: RetainLoss = field(default="embed_diff", metadata={"help": "What keeps the rest as it is."})
     retain_weight: float = field(default=3.0, metadata={"help": "Of the retain loss."})
+    earlier_weight: float = field(default=24.0, metadata={"help": "Of earlier requests' facts, which nll keeps."})
     forget_limit: float = field(default=0.05, metadata={"help": "Forget probability that strength must reach."})
 
 
@@ -178,6 +179,7 @@ class Ground:
                 seed=seed,
             ),
             earlier=earlier,
+            earlier_weight=recipe.earlier_weight,
             earlier_moments=earlier_moments,
             train_dataset=forget,
             retain_dataset=kept,

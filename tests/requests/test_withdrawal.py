@@ -88,14 +88,16 @@ def test_a_model_with_one_request_is_the_base_inside() -> None:
         pass
 
 
-@pytest.mark.parametrize(("cached", "accumulation"), [(False, 1), ("auto", 1), (False, 2)])
+@pytest.mark.parametrize(
+    ("cached", "accumulation", "weight"), [(False, 1, None), ("auto", 1, None), (False, 2, None), ("auto", 1, 0.5)]
+)
 def test_a_step_adds_the_facts_of_one_request_with_its_adapter_off(
-    tmp_path: Path, cached: Any, accumulation: int
+    tmp_path: Path, cached: Any, accumulation: int, weight: float | None
 ) -> None:
     known = facts("H", "I", "J", "K")  # as many as a batch has rows, so that all are drawn in each micro-batch
     options = {"prefix_cache": cached, "gradient_accumulation_steps": accumulation}
     _, plain = trained(UnlearningTrainer, tmp_path, options)
-    trainer, both = trained(RequestTrainer, tmp_path, options, earlier={"second": known})
+    trainer, both = trained(RequestTrainer, tmp_path, options, earlier={"second": known}, earlier_weight=weight)
     own = {name: p for name, p in three_requests().named_parameters() if ".new." in name}
     assert set(both) == set(plain) == set(own)
 
@@ -110,7 +112,7 @@ def test_a_step_adds_the_facts_of_one_request_with_its_adapter_off(
     loss.backward()
     for name, parameter in model.named_parameters():
         if name in own:
-            torch.testing.assert_close(both[name] - plain[name], 3.0 * parameter.grad, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(both[name] - plain[name], (weight or 3.0) * parameter.grad, rtol=1e-3, atol=1e-6)
     assert trainer.state.log_history[0]["withdrawn_nll"] == pytest.approx(loss.item(), rel=1e-3)
 
 
@@ -152,6 +154,12 @@ def test_bad_input_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         trained(RequestTrainer, tmp_path, options, earlier={name: facts("H") for name in earlier})
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_is_a_number_from_zero_on(tmp_path: Path, weight: float) -> None:
+    with pytest.raises(ValueError, match="earlier_weight must be >= 0"):
+        trained(RequestTrainer, tmp_path, {}, earlier={"first": facts("H")}, earlier_weight=weight)
 
 
 def test_other_models_have_no_requests_to_withdraw() -> None:

@@ -4,7 +4,7 @@ An adapter that is trained while earlier ones are on sees a model that has forgo
 from damaging what it cannot see. Where the text of earlier requests is still there, it can be shown: in each step the
 adapter of one earlier request is switched off, and answers to that request's questions are kept as retain rows are,
 
-    L = L_request + retain_weight · CE(facts of request i | adapters without i)
+    L = L_request + earlier_weight · CE(facts of request i | adapters without i)
 
 with i in turn. That is the model that withdrawing i leaves, in training already. Where the text is gone, stored moments
 of its tokens can join those of the retain set in the retain projection.
@@ -49,8 +49,10 @@ class RequestTrainer(UnlearningTrainer):
 
     Args:
         model: A model with the adapters of earlier requests, active and frozen, and of the new one, see `add_request`.
-        args: As for `UnlearningTrainer`; `retain_weight` is the weight of earlier requests' facts, too.
+        args: As for `UnlearningTrainer`.
         earlier: By the name of its adapter, the forget set of each earlier request that should stay withdrawable.
+        earlier_weight: Weight of earlier requests' facts, which are kept by `nll` whatever the retain loss is; None:
+            `retain_weight`, which suits them where that is `nll`, too.
         earlier_moments: By name, the stored moments of requests whose text is gone, or the folders of their adapters:
             they join the retain side of `retain_projection`, so that the new delta does little to their tokens.
         keep_moments: Whether `save_model` writes the moments of this request's forget set, at the experts that the
@@ -61,10 +63,11 @@ class RequestTrainer(UnlearningTrainer):
         forget_moments: With `keep_moments`, what was measured when training began.
 
     Raises:
-        ValueError: A request of `earlier` has no active adapter, or one that this training changes; activations are
-            recomputed (`gradient_checkpointing`), which would happen with other adapters on; `earlier_moments` without
-            `retain_projection`, or of other experts (when training begins); `keep_moments` of a model that is sharded
-            or has not exactly one UOE adapter in training; and as in `UnlearningTrainer`.
+        ValueError: `earlier_weight` is negative or infinite; a request of `earlier` has no active adapter, or one that
+            this training changes; activations are recomputed (`gradient_checkpointing`), which would happen with other
+            adapters on; `earlier_moments` without `retain_projection`, or of other experts (when training begins);
+            `keep_moments` of a model that is sharded or has not exactly one UOE adapter in training; and as in
+            `UnlearningTrainer`.
         FileNotFoundError: A folder of `earlier_moments` holds none.
         TypeError: `earlier` with a model that is no PEFT model.
     """
@@ -75,11 +78,14 @@ class RequestTrainer(UnlearningTrainer):
         args: UnlearningConfig | None = None,
         *,
         earlier: Mapping[str, Dataset] | None = None,
+        earlier_weight: float | None = None,
         earlier_moments: Mapping[str, Moments | str | Path] | None = None,
         keep_moments: bool = False,
         **kwargs: Any,
     ) -> None:
         earlier = {} if earlier is None else earlier
+        if earlier_weight is not None and not 0 <= earlier_weight < float("inf"):
+            raise ValueError(f"earlier_weight must be >= 0 and finite, got {earlier_weight}")
         _check_options(args or UnlearningConfig(), earlier, earlier_moments)
         if earlier:
             check_withdrawable(model, list(earlier))
@@ -89,6 +95,7 @@ class RequestTrainer(UnlearningTrainer):
         self._adapter_name = ""
         self.forget_moments: Moments | None = None
         super().__init__(model, args, **kwargs)
+        self._earlier_weight = self.args.retain_weight if earlier_weight is None else earlier_weight
         for name, rows in earlier.items():
             self._earlier[name] = tokenize_dataset(
                 rows, self._processing_class, max_length=self.args.max_length, name=f"earlier forget ({name})"
@@ -117,7 +124,7 @@ class RequestTrainer(UnlearningTrainer):
         logged = mean_over_processes({"withdrawn_nll": kept.detach()}, self.accelerator)
         self._metrics["train"]["withdrawn_nll"].append(logged["withdrawn_nll"])
         loss, *rest = found if return_outputs else (found,)
-        loss = loss + self.args.retain_weight * kept
+        loss = loss + self._earlier_weight * kept
         return (loss, *rest) if return_outputs else loss
 
     def evaluated_rows(self) -> list[list[int]]:
