@@ -15,6 +15,8 @@ Scores: ROUGE-L recall of greedy answers, 120 facts of each set. Runs are append
 
 from __future__ import annotations
 
+import math
+import random
 import time
 from dataclasses import dataclass, field
 from itertools import product
@@ -26,8 +28,6 @@ import torch
 from datasets import Dataset, concatenate_datasets, disable_progress_bars
 from peft import LoraConfig, PeftModel
 from resumed import Runs
-from tofu_model import adamw, set_rate, shuffled_batches
-from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -37,7 +37,7 @@ from uoe_peft.dense import NeuronGroups, cluster_neurons, factorize, to_dense
 from uoe_peft.dense.layers import num_neurons
 from uoe_peft.evaluation.generation import greedy_answers
 from uoe_peft.evaluation.metrics import rouge_l_recall
-from uoe_peft.testbed import FORGET_TOPIC, TOPICS, checkpoint_path, load_facts
+from uoe_peft.testbed import FORGET_TOPIC, TOPICS, as_prompt, checkpoint_path, load_facts
 
 NUM_GROUPS = 8
 # What is trained, and at which rate.
@@ -62,7 +62,7 @@ class DenseArguments:
     output_dir: Path = field(default=Path("outputs/dense"), metadata={"help": "Where model and runs go."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "What is compared."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of the unlearning and of the groups."})
-    epochs: int = field(default=20, metadata={"help": "In which the model learns the facts."})
+    epochs: int = field(default=30, metadata={"help": "In which the model learns the facts."})
     steps: int = field(default=200, metadata={"help": "Of the unlearning."})
     minutes: float = field(default=60.0, metadata={"help": "No run begins after this."})
 
@@ -207,7 +207,7 @@ class Ground:
 
 
 def learn(facts: Dataset, tokenizer: Any, *, epochs: int) -> LlamaForCausalLM:
-    """A dense model trained on facts from scratch, each in the words in which it is asked."""
+    """A dense model trained on facts from scratch, each asked in one of its phrasings."""
     set_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -224,16 +224,29 @@ def learn(facts: Dataset, tokenizer: Any, *, epochs: int) -> LlamaForCausalLM:
             eos_token_id=tokenizer.eos_token_id,
         )
     ).train()
-    rows = facts.select_columns(["prompt", "completion"])
-    examples: list[Any] = [dict(row) for row in tokenize_dataset(rows, tokenizer, max_length=None, name="facts")]
-    optimizer = adamw(model)
-    batches = [batch for _ in range(epochs) for batch in shuffled_batches(examples, batch_size=8)]
-    for step, batch in enumerate(tqdm(batches, desc="learning", unit="step", mininterval=10)):
-        set_rate(optimizer, step, len(batches), peak=3e-3)
-        model(**collate(batch, pad_token_id=tokenizer.pad_token_id)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    rng, peak, size = random.Random(0), 2e-3, 16
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
+    total = epochs * math.ceil(len(facts) / size)
+    step = 0
+    for epoch in range(epochs):
+        rows = [
+            {"prompt": as_prompt(rng.choice(phrasings)), "completion": completion}
+            for phrasings, completion in zip(facts["phrasings"], facts["completion"], strict=True)
+        ]
+        examples = list(tokenize_dataset(Dataset.from_list(rows), tokenizer, max_length=None, name="facts"))
+        order = rng.sample(range(len(examples)), len(examples))
+        for start in range(0, len(order), size):
+            batch = collate([examples[i] for i in order[start : start + size]], pad_token_id=tokenizer.pad_token_id)
+            rate = min(1, (step + 1) / 50) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / total)) / 2)
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate
+            loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+        print(f"epoch {epoch + 1} of {epochs}: loss {loss.item():.3f}", flush=True)
     return model
 
 

@@ -34,7 +34,6 @@ NUM_CHOSEN_ON = 20
 _LIMITED = {"calibrate": "forget", "calibrate_metric": "probability", "calibrate_forget_limit": 0.05}
 _HIDDEN = {"retain_loss": "embed_diff", "retain_weight": 8.0, "rmu_layer": 3, **_LIMITED}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "base": {"max_steps": 0},
     "as it is": {},
     "least strength": _LIMITED,
     "hidden states": _HIDDEN,
@@ -90,8 +89,6 @@ def run(args: RecipesArguments, recipe: str, changes: Mapping[str, Any], *, seed
         ),
     )
     options: dict[str, Any] = {"processing_class": tokenizer, "batch_size": 40, "max_new_tokens": 48}
-    if settings.get("max_steps") == 0:
-        return {"scores": figures(evaluate_unlearning(base, suite, base_model=base, **options))}
     found = attribute_experts(
         base,
         rows["forget"],
@@ -121,7 +118,8 @@ def run(args: RecipesArguments, recipe: str, changes: Mapping[str, Any], *, seed
     trainer.train()
     choice = trainer.strength_choice
     strength = 1.0 if choice is None else choice.scale
-    return {"strength": strength, "scores": figures(evaluate_unlearning(trainer.model.eval(), suite, **options))}
+    scores = evaluate_unlearning(trainer.model.eval(), suite, **options).scores
+    return {"strength": strength, **{name: figures(scores[name]) for name in ("base", "unlearned")}}
 
 
 def split(retain: Dataset) -> tuple[Dataset, Dataset]:
@@ -139,11 +137,9 @@ def as_asked(rows: Dataset) -> Dataset:
     return Dataset.from_list([{"prompt": " ".join(own[:8]), "completion": " " + " ".join(own[8:])} for own in words])
 
 
-def figures(report: Any) -> dict[str, float]:
-    """Of the trained model, what there is of recall, probability and accuracy of each set."""
-    kinds = ("rouge_l_recall", "probability", "accuracy")
-    own = report.metrics["unlearned"]
-    return {name: round(value, 4) for name, value in own.items() if name.endswith(kinds)}
+def figures(scores: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Of each set: recall, or of options the share of right ones; and probability."""
+    return {name: [round(own.score, 4), round(own.probability, 4)] for name, own in scores.items()}
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -151,11 +147,9 @@ def table(runs: list[dict[str, Any]]) -> str:
     sets = ("forget", "chosen_on", "asked")
     lines = [f"| recipe | setting | strength | {' | '.join(sets)} |", "|---" * 6 + "|"]
     for run in runs:
-        cells = []
-        for name in sets:
-            own = {key.removeprefix(f"{name}_"): f"{v:.3f}" for key, v in run["scores"].items() if key.startswith(name)}
-            cells.append(" / ".join(own.values()))
-        lines.append(f"| {run['recipe']} | {run['setting']} | {run.get('strength', '')} | {' | '.join(cells)} |")
+        for name, model in (("base | ", "base"), (f"{run['setting']} | {run['strength']:.2f}", "unlearned")):
+            cells = [" / ".join(f"{value:.3f}" for value in run[model][own]) for own in sets]
+            lines.append(f"| {run['recipe']} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
