@@ -1,4 +1,4 @@
-"""What the benchmark of many requests asks for, keeps and asks, on a ground of authors; and how recipes are chosen."""
+"""What the benchmark of many requests asks for, keeps and asks, on a ground of authors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import AutoTokenizer
 
 from uoe_peft.testbed import checkpoint_path
@@ -95,18 +94,3 @@ def test_areas_tell_each_request_from_all_else_and_any_from_none(ground: Any) ->
     assert found["areas"]["author 1"] == pytest.approx(1 - 1 / 140, abs=1e-4)
     # Of author 2: 9 of 10 above all 140 others; the tenth ties with all of them, and a tie counts a half.
     assert found["areas"]["author 2"] == pytest.approx((9 + 0.5) / 10, abs=1e-4)
-
-
-def test_recipes_are_chosen_on_near_rows_that_training_does_not_read(benchmarks: None) -> None:
-    import recipes
-
-    rows = Dataset.from_list(numbered("near", 40) + numbered("far", 40))
-    kept, chosen_on = recipes.split(rows)
-    assert set(chosen_on["prompt"]) == {f"near {place}?" for place in range(20, 40)}
-    assert set(kept["prompt"]) | set(chosen_on["prompt"]) == set(rows["prompt"])
-    assert len(kept) == 60
-    text = Dataset.from_list([{"text": "one two three four five six seven eight nine ten."}])
-    assert recipes.as_asked(text)[:] == {
-        "prompt": ["one two three four five six seven eight"],
-        "completion": [" nine ten."],
-    }
