@@ -4,10 +4,10 @@
 
 Requests are five of the seven topics, 200 facts each; the other two are the retain set: half of it for training, 80
 rows on which rates were chosen, and 120 that are asked. Every request trains an adapter of its own (the expert that
-`contrast` ranks first on the model as it is then, against everything that is to be kept) with the demo's losses: NPO
-(beta 0.05) with refusals and 24 times the retain loss, the rate falling linearly. Its strength is the least at which
-the probability of its answers is down to 0.05. What is kept in training is the retain set and all topics not yet
-requested, and of earlier requests:
+`contrast` ranks first on the model as it is then, against everything that is to be kept): NPO (beta 0.05) with
+refusals, and hidden states after the last layer kept as they were, the rate falling linearly. Its strength is the least
+at which the probability of its answers is down to 0.05. What is kept in training is the retain set and all topics not
+yet requested, and of earlier requests:
 
 - "one after another": their questions with refusals, and, with their adapters off, their facts (`RequestTrainer`);
 - "facts not kept": their questions with refusals alone;
@@ -17,7 +17,9 @@ After the fifth request each is switched off in turn, and the second one's adapt
 trained on the base alone, and keeps what the others forget; a gate, fitted on the 160 facts of each request that are
 not asked and on the retain rows of training, chooses for each prompt; or the five are combined to one. "One expert"
 (SPUNGE): the five as one forget set, split by its column "topic", an adapter of the same expert each, then combined;
-"union": one adapter on all of it, with as many steps. Rivals: "all parameters", "SSU" and "orthogonal LoRA".
+"union": one adapter on all of it, with as many steps. Rivals: "all parameters", "SSU" and "orthogonal LoRA"; "rates"
+tries three for each of them, and for UOE, on the first request. `--ground DIR`: in place of topics the authors that
+`grounds.py` wrote to be forgotten, each a request.
 
 Scores: ROUGE-L recall of greedy answers, 40 facts of each request and 120 of the retain set. Every row is appended to
 `runs.jsonl` as it comes and not run again, so that what was stopped goes on; `--minutes 0` prints the tables.
