@@ -256,6 +256,7 @@ def training_arguments(ground: Ground, *, loss: str, part: str, rate: float, see
         learning_rate=rate,
         lr_scheduler_type="linear",
         max_steps=args.steps,
+        calibrate=False,  # the looks choose the strength
         per_device_train_batch_size=args.batch_size,
         anchor_weight=0.0
         if part == "ESFT"

@@ -21,7 +21,6 @@ appended to `runs.jsonl` and not repeated; `--minutes 0` prints the table.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +33,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from depth import DEMO, LOSSES, NPO, RMU
 from peft import LoraConfig, PeftModel
+from resumed import Run, Runs
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
 from trials_training import Aid, AidedTrainer, Pairs
@@ -58,7 +58,6 @@ ALL_LOSSES: dict[str, tuple[dict[str, Any], float]] = {
     "refusals": ({"forget_loss": "idk", "retain_weight": NPO["retain_weight"]}, 1.0),
 }
 Scores = dict[str, float]
-Run = dict[str, Any]
 # What is trained. Experts are the best of each layer by `contrast`.
 PARTS: dict[str, Callable[[ExpertAttribution], Pairs]] = {
     "1": lambda found: found.top(1),
@@ -148,32 +147,23 @@ def main() -> None:
     unknown = sorted(set(args.trials) - set(TRIALS))
     if unknown:
         raise ValueError(f"unknown trials {unknown}; use some of {list(TRIALS)}")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path, started = args.output_dir / "runs.jsonl", time.perf_counter()
-    runs: list[Run] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    ground = Ground(args.ground) if args.minutes > 0 else None
-    for name, rate, seed in planned(args, runs):
-        if ground is None or time.perf_counter() - started > args.minutes * 60:
-            break
+    runs = Runs(args.output_dir, minutes=args.minutes)
+    ground = None
+    for key in runs.missing(planned(args, runs)):
+        ground = ground or Ground(args.ground)
+        name, rate, seed = key.values()
         scores = ground.reference(name) if name in REFERENCES else ground.unlearn(TRIALS[name], rate, seed, args.steps)
-        runs.append({"trial": name, "rate": rate, "seed": seed, **scores})
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(runs[-1]) + "\n")
-        print(runs[-1], flush=True)
+        runs.keep({**key, **scores})
     print(table(runs))
 
 
-def planned(args: TrialsArguments, runs: list[Run]) -> Iterator[tuple[str, float, int]]:
-    """Trial, rate and seed of each run to come; `runs` may grow meanwhile."""
-
-    def is_new(*key: Any) -> bool:
-        return key not in {(run["trial"], run["rate"], run["seed"]) for run in runs}
-
-    yield from ((name, 0.0, 0) for name in REFERENCES if is_new(name, 0.0, 0))
+def planned(args: TrialsArguments, runs: list[Run]) -> Iterator[Run]:
+    """Trial, rate and seed of each run; `runs` grows meanwhile, and the first seed's choose the others' rates."""
+    yield from ({"trial": name, "rate": 0.0, "seed": 0} for name in REFERENCES)
     for seed in args.seeds:
         for name in args.trials:
             rates: Iterable[float] = TRIALS[name].rates if seed == 0 else [chosen_rate(name, runs)]
-            yield from ((name, rate, seed) for rate in rates if is_new(name, rate, seed))
+            yield from ({"trial": name, "rate": rate, "seed": seed} for rate in rates)
 
 
 def chosen_rate(name: str, runs: list[Run]) -> float:
