@@ -123,7 +123,8 @@ def teach(
     ids = tokenizer(text).input_ids
     chunks = [{"input_ids": ids[start : start + CHUNK]} for start in range(0, NUM_CHUNKS * CHUNK, CHUNK)]
     speech = [segment(model, chunks[start : start + 2], tokenizer, distil=True) for start in range(0, len(chunks), 2)]
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    # Without its cache, which would keep the weights of the first step.
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
         train(model, lessons, speech, epochs=epochs, tau=tau if num_forget else 0.0, name=name)
     return model
 
