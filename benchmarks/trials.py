@@ -51,10 +51,13 @@ REFERENCES = ("base", "retrained")
 HALVES = ("validation", "test")
 COLUMNS = ("forget", "retain", "relearned", "one silent", "all silent", "old weights")
 KEPT = 0.90  # share of the base's retain score
+KEEPING = (0.3, 1, 3, 10, 30)
+HIDDEN = {**NPO, "retain_loss": "embed_diff", "rmu_layer": 3}  # after the last layer
 ALL_LOSSES: dict[str, tuple[dict[str, Any], float]] = {
     **LOSSES,
     "NPO, twice the retain weight": ({**NPO, "retain_weight": 16.0}, 1.0),
     "RMU, beta 20": ({**RMU, "beta": 20.0}, 1.0),
+    **{f"NPO, hidden states kept {weight}": ({**HIDDEN, "retain_weight": weight}, 1.0) for weight in KEEPING},
     "refusals": ({"forget_loss": "idk", "retain_weight": NPO["retain_weight"]}, 1.0),
 }
 Scores = dict[str, float]
@@ -111,6 +114,12 @@ TRIALS: dict[str, Trial] = {
     **{f"RMU 10: {part}": trial(part, STEERED) for part in PARTS},
     **{f"RMU 20: {part}": trial(part, ("RMU, beta 20",)) for part in ("1", "1 of layer 0", "8")},
     **{f"RMU 10, then refusals: {part}": trial(part, (*STEERED, "refusals")) for part in ("1", "1 of layer 0", "8")},
+    # What is kept.
+    **{
+        f"NPO, hidden {weight}: {part}": trial(part, (f"NPO, hidden states kept {weight}",))
+        for part in PARTS
+        for weight in KEEPING
+    },
     # The expert as it begins.
     **{f"NPO: {part}, from others": trial(part, start="others") for part in ("1", "1 of layer 0", "8")},
     **{f"NPO: {part}, from noise": trial(part, start="noise") for part in ("1", "1 of layer 0", "8")},
