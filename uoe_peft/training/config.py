@@ -52,8 +52,8 @@ class UnlearningConfig(OptimiserOptions, StrengthOptions, SFTConfig):
             the model as it was given, without the adapter that is trained: adapters that are active but frozen, of
             earlier requests, stay on. "base": without any adapter. With one adapter both are the base model.
         rmu_layer: Decoder layer whose output "rmu" and "embed_diff" read; -1 is the model's last. None: the last layer
-            that the UOE adapter edits. Their passes end there; accuracy and likelihood, which need the whole model, are measured at the
-            steps that are logged (every tenth, where the log has one entry an epoch).
+            that the UOE adapter edits. Their passes end there; accuracy and likelihood, which need the whole model, are
+            measured at the steps that are logged (every tenth, where the log has one entry an epoch).
         rmu_coefficient: Steering coefficient c of "rmu": 2 to 6.5 in shallow layers, thousands in deep ones. None:
             adaptive, `beta` times the norm of each token's hidden state under the base model.
         rmu_seed: Seed of the direction that "rmu" steers to.
