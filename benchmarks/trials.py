@@ -127,6 +127,11 @@ TRIALS: dict[str, Trial] = {
     **{f"NPO: {part}, knocked out": trial(part, knocked_out=True) for part in PARTS if part not in ("LoRA", "all")},
     **{f"NPO: {part}, relearner": trial(part, **RELEARNED) for part in PARTS},
     **{f"RMU 10: {part}, relearner": trial(part, STEERED, **RELEARNED) for part in PARTS},
+    **{
+        f"NPO, hidden {weight}: {part}, relearner": trial(part, (f"NPO, hidden states kept {weight}",), **RELEARNED)
+        for part in PARTS
+        for weight in KEEPING
+    },
     **{f"NPO: {part}, sharpness": trial(part, **SHARP) for part in PARTS},
     **{f"NPO 16: {part}, relearner": trial(part, CAREFUL, **RELEARNED) for part in PARTS},
     # The course of training.
