@@ -85,12 +85,14 @@ class Trial:
         rates: Learning rates to choose from.
         losses: Of `depth.LOSSES`, one after the other in equal shares of the steps.
         aid: What is tried beside.
+        own: Further settings of the trainer.
     """
 
     part: str
     rates: tuple[float, ...]
     losses: tuple[str, ...] = (DEMO,)
     aid: Aid = field(default_factory=Aid)
+    own: dict[str, Any] = field(default_factory=dict)
 
 
 RATES = {"1": 5e-3, "8, upper": 2e-3, "LoRA": 3e-3, "all": 5e-4}  # of others 3e-3; chosen by `depth.py` on seed 0
@@ -98,14 +100,14 @@ CAREFUL = ("NPO, twice the retain weight",)
 STEERED = ("RMU, beta 10",)
 
 
-# As the attack that is scored; and as sharpness-aware steps, 1e-3 of each weight wide.
-RELEARNED: dict[str, Any] = {"relearner_steps": 24}
-SHARP: dict[str, Any] = {"relearner_steps": 2, "relearner_rate": 1e-3}
+# Settings of the trainer: as the attack that is scored, and as sharpness-aware steps, radius 1e-3 of each weight.
+RELEARNED = {"relearner_steps": 24}
+SHARP = {"relearner_steps": 2, "relearner_rate": 1e-3}
 
 
-def trial(part: str, losses: tuple[str, ...] = (DEMO,), *, factor: float = 1.0, **aid: Any) -> Trial:
+def trial(part: str, losses: tuple[str, ...] = (DEMO,), own: Any = None, *, factor: float = 1.0, **aid: Any) -> Trial:
     """A trial at the rate that is usual for what it trains, or at a multiple of it."""
-    return Trial(part, (RATES.get(part, 3e-3) * factor,), losses, Aid(**aid))
+    return Trial(part, (RATES.get(part, 3e-3) * factor,), losses, Aid(**aid), own or {})
 
 
 TRIALS: dict[str, Trial] = {
@@ -125,15 +127,15 @@ TRIALS: dict[str, Trial] = {
     **{f"NPO: {part}, from noise": trial(part, start="noise") for part in ("1", "1 of layer 0", "8")},
     # A second forget pass.
     **{f"NPO: {part}, knocked out": trial(part, knocked_out=True) for part in PARTS if part not in ("LoRA", "all")},
-    **{f"NPO: {part}, relearner": trial(part, **RELEARNED) for part in PARTS},
-    **{f"RMU 10: {part}, relearner": trial(part, STEERED, **RELEARNED) for part in PARTS},
+    **{f"NPO: {part}, relearner": trial(part, own=RELEARNED) for part in PARTS},
+    **{f"RMU 10: {part}, relearner": trial(part, STEERED, RELEARNED) for part in PARTS},
     **{
-        f"NPO, hidden {weight}: {part}, relearner": trial(part, (f"NPO, hidden states kept {weight}",), **RELEARNED)
+        f"NPO, hidden {weight}: {part}, relearner": trial(part, (f"NPO, hidden states kept {weight}",), RELEARNED)
         for part in PARTS
         for weight in KEEPING
     },
-    **{f"NPO: {part}, sharpness": trial(part, **SHARP) for part in PARTS},
-    **{f"NPO 16: {part}, relearner": trial(part, CAREFUL, **RELEARNED) for part in PARTS},
+    **{f"NPO: {part}, sharpness": trial(part, own=SHARP) for part in PARTS},
+    **{f"NPO 16: {part}, relearner": trial(part, CAREFUL, RELEARNED) for part in PARTS},
     # The course of training.
     **{f"NPO: {part}, healed": trial(part, factor=2.0, forget_share=0.5) for part in PARTS},
     **{f"NPO: {part}, averaged": trial(part, factor=2.0, average_from=0.5) for part in PARTS},
@@ -249,7 +251,7 @@ class Ground:
                         max_steps=steps // len(trial.losses),
                         seed=seed,
                         **own,
-                        prefix_cache=False if trial.aid.relearner_steps else "auto",  # he moves every layer
+                        **trial.own,
                     ),
                     train_dataset=self.forget,
                     retain_dataset=self.retain,
