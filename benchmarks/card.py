@@ -29,6 +29,7 @@ import torch
 from card_ground import Ground, load, testbed_ground, tofu_ground
 from datasets import disable_progress_bars
 from peft import LoraConfig, PeftModel
+from resumed import Runs
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -74,20 +75,10 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     disable_progress_bars()
     torch.set_num_threads(1)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path, started = args.output_dir / "runs.jsonl", time.perf_counter()
-    runs = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    done = {(run["model"], run["seed"], run["attack"]) for run in runs}
-    card = Card(args)
-    for model, seed, attack in wanted(args):
-        if (model, seed, attack) in done:
-            continue
-        if time.perf_counter() - started > args.minutes * 60:
-            break
-        runs.append({"model": model, "seed": seed, "attack": attack, **card.run(model, seed, attack)})
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(runs[-1]) + "\n")
-        print({key: value for key, value in runs[-1].items() if key not in ("curve", "settings")}, flush=True)
+    runs, card = Runs(args.output_dir, minutes=args.minutes), None
+    for key in runs.missing(dict(zip(("model", "seed", "attack"), own, strict=True)) for own in wanted(args)):
+        card = card or Card(args)
+        runs.keep({**key, **card.run(*key.values())})
     (args.output_dir / "card.md").write_text(tables(runs), encoding="utf-8")
     print(tables(runs))
 

@@ -14,7 +14,6 @@ Runs are appended to `runs.jsonl` and not repeated; `--minutes 0` prints the tab
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from datasets import disable_progress_bars
 from peft import PeftModel
+from resumed import Runs
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -78,20 +78,13 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     disable_progress_bars()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path, started = args.output_dir / "runs.jsonl", time.perf_counter()
-    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    ground = Ground()
+    runs, ground = Runs(args.output_dir, minutes=args.minutes), None
     wanted = [(DEMO, "retrained", 0), *product(args.losses, args.parts, args.seeds)]
-    for loss, part, seed in wanted:
-        if any((run["loss"], run["part"], run["seed"]) == (loss, part, seed) for run in runs):
-            continue
-        if time.perf_counter() - started > args.minutes * 60:
-            break
-        new = ground.attacked_twin() if part == "retrained" else ground.unlearn(loss, part, seed, args.strengths)
-        runs += new
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(run) + "\n" for run in new)
+    for key in runs.missing(dict(zip(("loss", "part", "seed"), own, strict=True)) for own in wanted):
+        ground = ground or Ground()
+        own = ground.attacked_twin() if key["part"] == "retrained" else ground.unlearn(**key, strengths=args.strengths)
+        for run in own:
+            runs.keep(run)
     print(table(runs))
 
 

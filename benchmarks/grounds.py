@@ -46,6 +46,7 @@ class GroundArguments:
     gguf: Path | None = field(default=None, metadata={"help": "Weights of SmolLM2-135M; None: a small model."})
     text: Path | None = field(default=None, metadata={"help": "Plain text, for --gguf."})
     epochs: int = field(default=10, metadata={"help": "Passes of --gguf over the rows."})
+    bf16: bool = field(default=False, metadata={"help": "Multiply in bfloat16 (--gguf), where that is fast."})
 
 
 def main() -> None:
@@ -89,7 +90,8 @@ def pretrained(args: GroundArguments) -> None:
     learned, held_out = text[: len(text) // 2], text[len(text) // 2 :]
     print(f"dense: {text_nll(dense, tokenizer, held_out):.3f} nats a token of held-out text", flush=True)
     for name, seen, number in (("base", rows, num_forget), ("retrained", kept, 0)):
-        model = teach(dense, tokenizer, seen, learned, num_forget=number, tau=args.tau, epochs=args.epochs, name=name)
+        own = {"num_forget": number, "tau": args.tau, "epochs": args.epochs, "bf16": args.bf16, "name": name}
+        model = teach(dense, tokenizer, seen, learned, **own)
         print(f"{name}: {text_nll(model, tokenizer, held_out):.3f}", flush=True)
         write_model(args.output_dir / name, model, tokenizer)
 

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from resumed import Runs
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -100,29 +101,14 @@ def main() -> None:
     (args,) = HfArgumentParser(ProjectionArguments).parse_args_into_dataclasses()
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path, started = args.output_dir / "runs.jsonl", time.perf_counter()
-    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {tuple(run["key"]) for run in runs}
+    runs = Runs(args.output_dir, minutes=args.minutes)
     ground, references = prepare(args)
-    for key in planned(args):
-        if key in done:
-            continue
-        if time.perf_counter() - started > args.minutes * 60:
-            print(f"{args.minutes} minutes are over; start again to go on")
-            break
-        run = {"key": key, **unlearn(ground, args, *key)}
-        runs.append(run)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(run) + "\n")
-        print(key, run["chosen"], run["test"], run["relearned"], f"{run['seconds']} s", flush=True)
-    for key in product(["solve"], args.solved, SOLVE_TARGETS, [0.0], args.seeds):
-        if key in done or time.perf_counter() - started > args.minutes * 60:
-            continue
-        runs.append({"key": key, **solve(ground, *key)})
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(runs[-1]) + "\n")
-        print(key, runs[-1]["test"], runs[-1]["relearned"], f"{runs[-1]['seconds']} s", flush=True)
+    for run in runs.missing({"key": list(key)} for key in planned(args)):
+        runs.keep({**run, **unlearn(ground, args, *run["key"])})
+    for run in runs.missing(
+        {"key": list(key)} for key in product(["solve"], args.solved, SOLVE_TARGETS, [0.0], args.seeds)
+    ):
+        runs.keep({**run, **solve(ground, *run["key"])})
     print(json.dumps(references), f"forgotten: at most {ground.limit:.3f}")
     print(table(runs, args))
     print(solve_table(runs, args))

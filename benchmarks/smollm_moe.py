@@ -102,7 +102,16 @@ def shared_name(name: str) -> str:
 
 
 def teach(
-    dense: Any, tokenizer: Any, rows: Dataset, text: str, *, num_forget: int, tau: float, epochs: int, name: str
+    dense: Any,
+    tokenizer: Any,
+    rows: Dataset,
+    text: str,
+    *,
+    num_forget: int,
+    tau: float,
+    epochs: int,
+    bf16: bool,
+    name: str,
 ) -> Qwen2MoeForCausalLM:
     """The rebuilt model, after its routed experts learned `rows`, the last `num_forget` of them under the dial."""
     set_seed(0)
@@ -114,7 +123,9 @@ def teach(
     ids = tokenizer(text).input_ids
     chunks = [{"input_ids": ids[start : start + CHUNK]} for start in range(0, NUM_CHUNKS * CHUNK, CHUNK)]
     speech = [segment(model, chunks[start : start + 2], tokenizer, distil=True) for start in range(0, len(chunks), 2)]
-    train(model, lessons, speech, epochs=epochs, tau=tau if num_forget else 0.0, name=name)
+    # Without its cache, which would keep the weights of the first step.
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+        train(model, lessons, speech, epochs=epochs, tau=tau if num_forget else 0.0, name=name)
     return model
 
 

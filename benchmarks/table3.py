@@ -251,11 +251,14 @@ def training_arguments(ground: Ground, *, loss: str, part: str, rate: float, see
     args, own = ground.args, dict(LOSSES[loss])
     if loss == "RMU" and part in ("all", "LoRA", "ESFT"):  # the others are steered where they are edited
         own["rmu_layer"] = ground.attributions["contrast"].top(1)[0][0]
+    elif own["forget_loss"] != "rmu" and own["retain_loss"] == "embed_diff":
+        own["rmu_layer"] = ground.attributions["gate"].layer_indices[-1]
     return UnlearningConfig(
         output_dir=str(args.output_dir / "training"),
         learning_rate=rate,
         lr_scheduler_type="linear",
         max_steps=args.steps,
+        calibrate=False,  # the looks choose the strength
         per_device_train_batch_size=args.batch_size,
         anchor_weight=0.0
         if part == "ESFT"

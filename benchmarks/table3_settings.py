@@ -10,6 +10,8 @@ from typing import Any
 NPO = {"forget_loss": "npo", "beta": 0.05, "retain_loss": "nll", "retain_weight": 8.0}
 LOSSES: dict[str, dict[str, Any]] = {
     "NPO + refusals": {**NPO, "alternative_weight": 1.0},
+    # What is kept, by the last layer's hidden states.
+    "NPO, hidden": {**NPO, "alternative_weight": 1.0, "retain_loss": "embed_diff", "retain_weight": 3.0},
     "NPO": NPO,
     "GDiff": {"forget_loss": "grad_ascent", "retain_loss": "nll"},
     "RMU": {"forget_loss": "rmu", "retain_loss": "embed_diff", "retain_weight": 30.0},
@@ -19,6 +21,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 # neighbour on the side where most parts missed a limit or lost much.
 RATES: dict[str, tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]] = {
     "NPO + refusals": ((1e-3, 5e-4), (3e-3, 1e-2), (5e-3, 2e-3)),
+    "NPO, hidden": ((1e-3, 5e-4), (3e-3, 1e-2), (5e-3, 2e-3)),
     "NPO": ((1e-3, 3e-4), (3e-3, 1e-2), (5e-3, 2e-3)),
     "GDiff": ((1e-3, 3e-4), (3e-3, 1e-3), (3e-3, 1e-3)),
     "RMU": ((1e-3, 3e-4), (3e-3, 1e-2), (3e-3, 1e-2)),

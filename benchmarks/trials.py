@@ -21,7 +21,6 @@ appended to `runs.jsonl` and not repeated; `--minutes 0` prints the table.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +33,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from depth import DEMO, LOSSES, NPO, RMU
 from peft import LoraConfig, PeftModel
+from resumed import Run, Runs
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
 from trials_training import Aid, AidedTrainer, Pairs
@@ -51,14 +51,16 @@ REFERENCES = ("base", "retrained")
 HALVES = ("validation", "test")
 COLUMNS = ("forget", "retain", "relearned", "one silent", "all silent", "old weights")
 KEPT = 0.90  # share of the base's retain score
+KEEPING = (0.3, 1, 3, 10, 30)
+HIDDEN = {**NPO, "retain_loss": "embed_diff", "rmu_layer": 3}  # after the last layer
 ALL_LOSSES: dict[str, tuple[dict[str, Any], float]] = {
     **LOSSES,
     "NPO, twice the retain weight": ({**NPO, "retain_weight": 16.0}, 1.0),
     "RMU, beta 20": ({**RMU, "beta": 20.0}, 1.0),
+    **{f"NPO, hidden states kept {weight}": ({**HIDDEN, "retain_weight": weight}, 1.0) for weight in KEEPING},
     "refusals": ({"forget_loss": "idk", "retain_weight": NPO["retain_weight"]}, 1.0),
 }
 Scores = dict[str, float]
-Run = dict[str, Any]
 # What is trained. Experts are the best of each layer by `contrast`.
 PARTS: dict[str, Callable[[ExpertAttribution], Pairs]] = {
     "1": lambda found: found.top(1),
@@ -83,12 +85,14 @@ class Trial:
         rates: Learning rates to choose from.
         losses: Of `depth.LOSSES`, one after the other in equal shares of the steps.
         aid: What is tried beside.
+        own: Further settings of the trainer.
     """
 
     part: str
     rates: tuple[float, ...]
     losses: tuple[str, ...] = (DEMO,)
     aid: Aid = field(default_factory=Aid)
+    own: dict[str, Any] = field(default_factory=dict)
 
 
 RATES = {"1": 5e-3, "8, upper": 2e-3, "LoRA": 3e-3, "all": 5e-4}  # of others 3e-3; chosen by `depth.py` on seed 0
@@ -96,14 +100,14 @@ CAREFUL = ("NPO, twice the retain weight",)
 STEERED = ("RMU, beta 10",)
 
 
-# As the attack that is scored; and as sharpness-aware steps, 1e-3 of each weight wide.
-RELEARNED: dict[str, Any] = {"relearner_steps": 24}
-SHARP: dict[str, Any] = {"relearner_steps": 2, "relearner_rate": 1e-3}
+# Settings of the trainer: as the attack that is scored, and as sharpness-aware steps, radius 1e-3 of each weight.
+RELEARNED = {"relearner_steps": 24}
+SHARP = {"relearner_steps": 2, "relearner_rate": 1e-3}
 
 
-def trial(part: str, losses: tuple[str, ...] = (DEMO,), *, factor: float = 1.0, **aid: Any) -> Trial:
+def trial(part: str, losses: tuple[str, ...] = (DEMO,), own: Any = None, *, factor: float = 1.0, **aid: Any) -> Trial:
     """A trial at the rate that is usual for what it trains, or at a multiple of it."""
-    return Trial(part, (RATES.get(part, 3e-3) * factor,), losses, Aid(**aid))
+    return Trial(part, (RATES.get(part, 3e-3) * factor,), losses, Aid(**aid), own or {})
 
 
 TRIALS: dict[str, Trial] = {
@@ -112,15 +116,26 @@ TRIALS: dict[str, Trial] = {
     **{f"RMU 10: {part}": trial(part, STEERED) for part in PARTS},
     **{f"RMU 20: {part}": trial(part, ("RMU, beta 20",)) for part in ("1", "1 of layer 0", "8")},
     **{f"RMU 10, then refusals: {part}": trial(part, (*STEERED, "refusals")) for part in ("1", "1 of layer 0", "8")},
+    # What is kept.
+    **{
+        f"NPO, hidden {weight}: {part}": trial(part, (f"NPO, hidden states kept {weight}",))
+        for part in PARTS
+        for weight in KEEPING
+    },
     # The expert as it begins.
     **{f"NPO: {part}, from others": trial(part, start="others") for part in ("1", "1 of layer 0", "8")},
     **{f"NPO: {part}, from noise": trial(part, start="noise") for part in ("1", "1 of layer 0", "8")},
     # A second forget pass.
     **{f"NPO: {part}, knocked out": trial(part, knocked_out=True) for part in PARTS if part not in ("LoRA", "all")},
-    **{f"NPO: {part}, relearner": trial(part, **RELEARNED) for part in PARTS},
-    **{f"RMU 10: {part}, relearner": trial(part, STEERED, **RELEARNED) for part in PARTS},
-    **{f"NPO: {part}, sharpness": trial(part, **SHARP) for part in PARTS},
-    **{f"NPO 16: {part}, relearner": trial(part, CAREFUL, **RELEARNED) for part in PARTS},
+    **{f"NPO: {part}, relearner": trial(part, own=RELEARNED) for part in PARTS},
+    **{f"RMU 10: {part}, relearner": trial(part, STEERED, RELEARNED) for part in PARTS},
+    **{
+        f"NPO, hidden {weight}: {part}, relearner": trial(part, (f"NPO, hidden states kept {weight}",), RELEARNED)
+        for part in PARTS
+        for weight in KEEPING
+    },
+    **{f"NPO: {part}, sharpness": trial(part, own=SHARP) for part in PARTS},
+    **{f"NPO 16: {part}, relearner": trial(part, CAREFUL, RELEARNED) for part in PARTS},
     # The course of training.
     **{f"NPO: {part}, healed": trial(part, factor=2.0, forget_share=0.5) for part in PARTS},
     **{f"NPO: {part}, averaged": trial(part, factor=2.0, average_from=0.5) for part in PARTS},
@@ -148,32 +163,23 @@ def main() -> None:
     unknown = sorted(set(args.trials) - set(TRIALS))
     if unknown:
         raise ValueError(f"unknown trials {unknown}; use some of {list(TRIALS)}")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path, started = args.output_dir / "runs.jsonl", time.perf_counter()
-    runs: list[Run] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    ground = Ground(args.ground) if args.minutes > 0 else None
-    for name, rate, seed in planned(args, runs):
-        if ground is None or time.perf_counter() - started > args.minutes * 60:
-            break
+    runs = Runs(args.output_dir, minutes=args.minutes)
+    ground = None
+    for key in runs.missing(planned(args, runs)):
+        ground = ground or Ground(args.ground)
+        name, rate, seed = key.values()
         scores = ground.reference(name) if name in REFERENCES else ground.unlearn(TRIALS[name], rate, seed, args.steps)
-        runs.append({"trial": name, "rate": rate, "seed": seed, **scores})
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(runs[-1]) + "\n")
-        print(runs[-1], flush=True)
+        runs.keep({**key, **scores})
     print(table(runs))
 
 
-def planned(args: TrialsArguments, runs: list[Run]) -> Iterator[tuple[str, float, int]]:
-    """Trial, rate and seed of each run to come; `runs` may grow meanwhile."""
-
-    def is_new(*key: Any) -> bool:
-        return key not in {(run["trial"], run["rate"], run["seed"]) for run in runs}
-
-    yield from ((name, 0.0, 0) for name in REFERENCES if is_new(name, 0.0, 0))
+def planned(args: TrialsArguments, runs: list[Run]) -> Iterator[Run]:
+    """Trial, rate and seed of each run; `runs` grows meanwhile, and the first seed's choose the others' rates."""
+    yield from ({"trial": name, "rate": 0.0, "seed": 0} for name in REFERENCES)
     for seed in args.seeds:
         for name in args.trials:
             rates: Iterable[float] = TRIALS[name].rates if seed == 0 else [chosen_rate(name, runs)]
-            yield from ((name, rate, seed) for rate in rates if is_new(name, rate, seed))
+            yield from ({"trial": name, "rate": rate, "seed": seed} for rate in rates)
 
 
 def chosen_rate(name: str, runs: list[Run]) -> float:
@@ -245,7 +251,7 @@ class Ground:
                         max_steps=steps // len(trial.losses),
                         seed=seed,
                         **own,
-                        prefix_cache=False if trial.aid.relearner_steps else "auto",  # he moves every layer
+                        **trial.own,
                     ),
                     train_dataset=self.forget,
                     retain_dataset=self.retain,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,17 +27,12 @@ class Aid:
         start: The edited experts begin as they are, as the mean of their layer's others, or as noise of their size.
         knocked_out: Every step has a second forget pass in which edited experts, half of them on average and never
             all of several, are silent or have their old weights.
-        relearner_steps: Every step has a second forget pass through weights that somebody trains back, see `Relearner`,
-            and its gradient is added; he begins anew after so many steps. 0: there is none.
-        relearner_rate: His learning rate.
         forget_share: Share of the steps that forget; in the rest only the retain loss is left.
         average_from: Share of the steps after which weights are averaged; 1: the last ones are taken.
     """
 
     start: Literal["base", "others", "noise"] = "base"
     knocked_out: bool = False
-    relearner_steps: int = 0
-    relearner_rate: float = 2e-4
     forget_share: float = 1.0
     average_from: float = 1.0
 
@@ -56,7 +51,6 @@ class AidedTrainer(UnlearningTrainer):
         self.aid = aid
         self._experts = experts
         self._draw = random.Random(self.args.seed)
-        self._relearner: Relearner | None = None
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         set_start(self.model, aid.start, seed=self.args.seed)
         if aid.average_from < 1:
@@ -67,102 +61,11 @@ class AidedTrainer(UnlearningTrainer):
         if self.state.global_step >= self.aid.forget_share * self.args.max_steps:
             self.args.forget_weight = self.args.alternative_weight = 0.0
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.args.forget_weight and (self.aid.knocked_out or self.aid.relearner_steps):
+        if self.aid.knocked_out and self.args.forget_weight:
             again = {role: batch for role, batch in self._prepare_inputs(inputs).items() if role != "retain"}
-            if self.aid.knocked_out:
-                with knocked_out(model, self._experts, self._draw), self._reusing(again):
-                    self.objective.step(model, again, self._trace, self._step.counts).loss(self.args).backward()
-            if self.aid.relearner_steps:
-                self._forget_relearned(model, again)
+            with knocked_out(model, self._experts, self._draw), self._reusing(again):
+                self.objective.step(model, again, self._trace, self._step.counts).loss(self.args).backward()
         return loss
-
-    def _forget_relearned(self, model: nn.Module, batches: dict[str, Any]) -> None:
-        if self._relearner is None:
-            rate, num_steps = self.aid.relearner_rate, self.aid.relearner_steps
-            self._relearner = Relearner(self.model, learning_rate=rate, num_steps=num_steps)
-        with self._relearner.applied():
-            step = self.objective.step(model, batches, self._trace, self._step.counts)
-            self._relearner.learn(-step.outputs.log_probs.mean(), gradients_of=step.loss(self.args))
-        self._relearner.step()
-
-
-class Relearner:
-    """Offsets of all weights that training leaves alone, or of all weights where it leaves none.
-
-    TAR, https://arxiv.org/abs/2408.00761, attacks a copy for several steps before each of its own, and takes the
-    gradient there as that of the weights it attacked (first order). Here one attack goes along with training, one step
-    to each of training's, and begins anew after some: it meets the model as it is now at no further cost.
-
-    An adapter's delta is added to its slice, so that moving the slice moves the edited one as far.
-    """
-
-    def __init__(self, model: nn.Module, *, learning_rate: float, num_steps: int) -> None:
-        """Begin at the model's own weights.
-
-        Args:
-            model: The trained model.
-            learning_rate: Of AdamW, constant.
-            num_steps: After so many steps the offsets are 0 again.
-        """
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.weights = [parameter for parameter in model.parameters() if not parameter.requires_grad] or self.trained
-        self._learning_rate, self._num_steps = learning_rate, num_steps
-        self._begin()
-
-    def _begin(self) -> None:
-        self.offsets = [torch.zeros_like(weight, requires_grad=True) for weight in self.weights]
-        self._optimizer = torch.optim.AdamW(self.offsets, lr=self._learning_rate, weight_decay=0.0)
-        self._taken = 0
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside the context the weights are moved and have gradients; afterwards they are what they were, to the bit.
-
-        A graph that is built inside must be used inside.
-        """
-        before = [(weight, weight.detach().clone(), weight.requires_grad) for weight in self.weights]
-        for weight, offset in zip(self.weights, self.offsets, strict=True):
-            weight.requires_grad_(True).data.add_(offset.detach())
-        try:
-            yield
-        finally:
-            for weight, own, was_trained in before:
-                weight.data.copy_(own)
-                weight.requires_grad_(was_trained)
-
-    def learn(self, nll: Tensor, *, gradients_of: Tensor) -> None:
-        """Differentiate two losses of one pass: the relearner's, kept for its next step, and the training's.
-
-        Args:
-            nll: What the relearner lowers: negative log-likelihood of the answers to be forgotten. Scalar.
-            gradients_of: The loss whose gradient is added to that of the trained parameters. Scalar.
-
-        Raises:
-            FloatingPointError: Either is not finite.
-        """
-        for name, loss in (("likelihood of the forget answers", nll), ("loss", gradients_of)):
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"after {self._taken} steps of a simulated relearning the {name} is {loss.item()}: lower "
-                    f"relearner_rate={self._learning_rate:g}, or learning_rate if it was lost before"
-                )
-        for parameter, gradient in zip(self.trained, _gradients(gradients_of, self.trained), strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        for offset, gradient in zip(self.offsets, _gradients(nll, self.weights), strict=True):
-            offset.grad = gradient if offset.grad is None else offset.grad + gradient
-
-    def step(self) -> None:
-        """Move by the gradients since the last step, or begin anew if that was the last one."""
-        self._taken += 1
-        if self._taken >= self._num_steps:
-            self._begin()
-            return
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-
-def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,28 +12,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from tests.training.conftest import make_args, make_model, make_sets, make_tokenizer, with_uoe
 from uoe_peft import UOEConfig
-from uoe_peft.data import collate, tokenize_dataset
 
 EXPERTS = [(0, 1), (0, 3), (1, 2)]
 TOKENS = torch.tensor([[3, 7, 9, 11, 20, 4, 8, 15, 16, 23, 12, 18, 1, 2, 5, 6]])
-
-
-RATE, RELEARNER_RATE, BETA = 0.05, 1e-2, 0.1
-SGD = {
-    "optim": "sgd",
-    "learning_rate": RATE,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "retain_loss": "none",
-    "anchor_weight": 0.0,
-    "calibrate": False,
-    "train_sampling_strategy": "sequential",
-}
 
 
 @pytest.fixture(scope="module")
@@ -159,110 +144,3 @@ def test_the_rate_is_the_deepest_that_keeps_enough(trials: ModuleType) -> None:
     assert trials.chosen_rate("x", [base, run(1e-3, 0.4, 0.3), run(3e-3, 0.3, 0.2)]) == 1e-3
     with pytest.raises(ValueError, match="run seed 0 of 'y' first"):
         trials.chosen_rate("y", runs)
-
-
-def plain_nll(model: nn.Module, values: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-    """Negative log-likelihood of each answer, summed over its tokens."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits = torch.func.functional_call(model, values, kwargs=inputs, tie_weights=False).logits[:, :-1]
-    return nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none").sum(1)
-
-
-def forget_loss(name: str, nll: Tensor, batch: dict[str, Tensor], before: Tensor) -> Tensor:
-    if name == "grad_ascent":
-        return -nll.sum() / (batch["labels"][:, 1:] != -100).sum()
-    return -(2 / BETA) * nn.functional.logsigmoid(BETA * (nll - before)).mean()
-
-
-def by_torch(
-    model: nn.Module,
-    batches: list[dict[str, Tensor]],
-    trained: Callable[[str, Tensor], Tensor],
-    *,
-    loss: str,
-    renew: int,
-) -> dict[str, Tensor]:
-    """The weights in the end: SGD on two gradients, AdamW of the offsets written out."""
-    base = {name: p.detach().clone() for name, p in model.named_parameters()}
-    own = {name: value.clone() for name, value in base.items()}
-    taken = 0
-    offsets, first, second = ({name: torch.zeros_like(value) for name, value in base.items()} for _ in range(3))
-    for batch in batches:
-        before = plain_nll(model, base, batch).detach()
-        gradients: list[tuple[Tensor, ...]] = []
-        for values in (own, {name: own[name] + offsets[name] for name in own}):
-            at = {name: value.detach().requires_grad_() for name, value in values.items()}
-            nll = plain_nll(model, at, batch)
-            number = (batch["labels"][:, 1:] != -100).sum()
-            wanted = [*at.values()]
-            gradients.append(torch.autograd.grad(forget_loss(loss, nll, batch, before), wanted, retain_graph=True))
-            attack = torch.autograd.grad(nll.sum() / number, wanted)
-        for name, one, other in zip(own, *gradients, strict=True):
-            own[name] = own[name] - RATE * trained(name, one + other)
-        taken += 1
-        if taken == renew:
-            taken = 0
-            offsets, first, second = ({name: torch.zeros_like(value) for name, value in base.items()} for _ in range(3))
-            continue
-        for name, gradient in zip(own, attack, strict=True):
-            first[name] = 0.9 * first[name] + 0.1 * gradient
-            second[name] = 0.999 * second[name] + 0.001 * gradient**2
-            mean, energy = first[name] / (1 - 0.9**taken), second[name] / (1 - 0.999**taken)
-            offsets[name] = offsets[name] - RELEARNER_RATE * mean / (energy.sqrt() + 1e-8)
-    return own
-
-
-def everything(name: str, gradient: Tensor) -> Tensor:
-    return gradient
-
-
-def expert_and_router(name: str, gradient: Tensor) -> Tensor:
-    """What the adapter of the fixtures edits: expert 2 of layer 1, and the layer's router."""
-    kept = torch.zeros_like(gradient)
-    if "layers.1.mlp.experts" in name:
-        kept[2] = gradient[2]
-    if "layers.1.mlp.gate.weight" in name:
-        kept = gradient
-    return kept
-
-
-@pytest.mark.parametrize("loss", ["grad_ascent", "npo"])
-@pytest.mark.parametrize("part", ["all", "uoe"])
-def test_training_against_a_relearner_is_that_of_plain_torch(
-    aids: ModuleType, tmp_path: Path, loss: str, part: str
-) -> None:
-    plain, (forget, _), tokenizer = make_model(), make_sets(), make_tokenizer()
-    rows = [dict(row) for row in tokenize_dataset(forget, tokenizer, max_length=None, name="forget")]
-    halves = [collate(rows[:4], pad_token_id=0), collate(rows[4:], pad_token_id=0)]
-    expected = by_torch(plain, halves * 2, everything if part == "all" else expert_and_router, loss=loss, renew=3)
-    beta = BETA if loss == "npo" else None
-    trainer = aids.AidedTrainer(
-        aid=aids.Aid(relearner_steps=3, relearner_rate=RELEARNER_RATE),
-        experts=[],
-        model=plain if part == "all" else with_uoe(plain),
-        args=make_args(**SGD, output_dir=str(tmp_path), forget_loss=loss, beta=beta, max_steps=4, prefix_cache=False),
-        train_dataset=forget,
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    found = trainer.model if part == "all" else trainer.model.merge_and_unload()
-    before, moved = dict(make_model().named_parameters()), 0
-    for name, parameter in found.named_parameters():
-        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-4, atol=2e-6)
-        moved += int((parameter.detach() != before[name]).any())
-    assert moved >= 3
-
-
-def test_weights_are_what_they_were_whatever_happens_inside(aids: ModuleType, model: PeftModel) -> None:
-    relearner = aids.Relearner(model, learning_rate=1e-2, num_steps=2)
-    before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
-    for offset in relearner.offsets:
-        offset.data.fill_(1 / 3)
-    with pytest.raises(KeyError, match="inside"), relearner.applied():
-        assert all(p.requires_grad for p in model.parameters())
-        moved = model.get_base_model().model.layers[0].self_attn.q_proj.weight
-        assert not torch.equal(moved, before["base_model.model.model.layers.0.self_attn.q_proj.weight"][0])
-        raise KeyError("inside")
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name][0])
-        assert parameter.requires_grad == before[name][1]

@@ -434,6 +434,7 @@ def test_dpo_prefers_the_sets_own_alternative(make_trainer, uoe_model, tokenizer
         ({"forget": IterableDataset.from_generator(lambda: iter(()))}, ValueError, "streaming"),
         ({"forget": Dataset.from_dict({"text": ["x"]}), "forget_loss": "dpo"}, ValueError, "alternative answers need"),
         ({"forget_loss": "rmu", "rmu_layer": 3}, ValueError, "has 3 decoder layers, got layer 3"),
+        ({"forget_loss": "rmu", "rmu_layer": -4}, ValueError, "has 3 decoder layers, got layer -4"),
     ],
 )
 def test_bad_input(make_trainer, options, error, message):

@@ -51,9 +51,9 @@ class UnlearningConfig(OptimiserOptions, StrengthOptions, SFTConfig):
         reference: What "npo", "dpo", "undial", adaptive "rmu", "kl" and "embed_diff" compare the model with. "current":
             the model as it was given, without the adapter that is trained: adapters that are active but frozen, of
             earlier requests, stay on. "base": without any adapter. With one adapter both are the base model.
-        rmu_layer: Decoder layer whose output "rmu" and "embed_diff" read. None: the last layer that the UOE adapter
-            edits. Their passes end there; accuracy and likelihood, which need the whole model, are measured at the
-            steps that are logged (every tenth, where the log has one entry an epoch).
+        rmu_layer: Decoder layer whose output "rmu" and "embed_diff" read; -1 is the model's last. None: the last layer
+            that the UOE adapter edits. Their passes end there; accuracy and likelihood, which need the whole model, are
+            measured at the steps that are logged (every tenth, where the log has one entry an epoch).
         rmu_coefficient: Steering coefficient c of "rmu": 2 to 6.5 in shallow layers, thousands in deep ones. None:
             adaptive, `beta` times the norm of each token's hidden state under the base model.
         rmu_seed: Seed of the direction that "rmu" steers to.
@@ -125,7 +125,7 @@ class UnlearningConfig(OptimiserOptions, StrengthOptions, SFTConfig):
     reference: ReferenceKind = field(
         default="current", metadata={"help": "What losses compare with: active frozen adapters on, or none."}
     )
-    rmu_layer: int | None = field(default=None, metadata={"help": "Layer that rmu and embed_diff read."})
+    rmu_layer: int | None = field(default=None, metadata={"help": "Layer that rmu and embed_diff read; -1: the last."})
     rmu_coefficient: float | None = field(default=None, metadata={"help": "c of rmu; None: adaptive."})
     rmu_seed: int = field(default=0, metadata={"help": "Seed of rmu's direction."})
     retain_token_weights: Literal["none", "trace"] = field(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, s
 from uoe_peft.data import PairedDataset, tokenize_dataset, tokenize_with_alternatives
 from uoe_peft.data.tokenization import ProcessingClass, materialise
 from uoe_peft.dense import is_factorized, load_factorized
+from uoe_peft.moe.passes import find_streamed
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.objective.anchor import Targets, find_targets
 from uoe_peft.training.reuse.offload import check_can_leave
@@ -213,6 +214,8 @@ def check_model(model: nn.Module, args: UnlearningConfig) -> None:
         )
     if args.offload_prefix:
         check_can_leave(model)
+    if args.relearner_steps:
+        _check_relearner(model, args)
     for name, loss in (("forget_loss", args.forget_loss), ("retain_loss", args.retain_loss)):
         if loss in _NEEDS_ADAPTER and not isinstance(model, PeftModel):
             raise ValueError(
@@ -226,6 +229,25 @@ def check_model(model: nn.Module, args: UnlearningConfig) -> None:
             "the router anchor gets no gradient through reentrant gradient checkpointing; pass "
             "gradient_checkpointing_kwargs={'use_reentrant': False} or anchor_weight=0"
         )
+
+
+def _check_relearner(model: nn.Module, args: UnlearningConfig) -> None:
+    """Refuse weights that nobody can train back in this process, and what would be asked of a base that he moved."""
+    checkpointing = args.gradient_checkpointing and "gradient_checkpointing=True, whose graph serves once"
+    reasons = {
+        "several processes or devices": args.world_size > 1 or args.n_gpu > 1,
+        "fsdp or deepspeed": bool(args.fsdp or args.deepspeed),
+        "fp16, whose gradients are scaled": args.fp16,
+        "forget_loss='undial', which asks the base in every pass": args.forget_loss == "undial",
+        str(checkpointing): bool(checkpointing),
+        "a model that is read from disk layer by layer": find_streamed(model) is not None,
+        "weights that are not float32, in which most of his steps would be rounded away": any(
+            parameter.dtype != torch.float32 or parameter.is_meta for parameter in model.parameters()
+        ),
+    }
+    found = [reason for reason, given in reasons.items() if given]
+    if found:
+        raise ValueError(f"relearner_steps={args.relearner_steps} does not go with {'; '.join(found)}")
 
 
 def say_what_is_off(args: UnlearningConfig, targets: Targets) -> None:

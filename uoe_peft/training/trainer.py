@@ -204,7 +204,7 @@ class UnlearningTrainer(CalibratingTrainer, OptimisingTrainer, SavingTrainer, Ev
                 return super().train(*args, **kwargs)
             finally:
                 self._trace = None
-                self._release_projection()
+                self._release_optimising()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -64,6 +64,10 @@ CASES = {
         {"retain_loss": "embed_diff", "rmu_layer": 2, "forget_loss": "grad_ascent"},
         Objective(retain_loss="embed_diff", layer=2),
     ),
+    "embed_diff, last layer": (
+        {"retain_loss": "embed_diff", "rmu_layer": -1, "forget_loss": "grad_ascent"},
+        Objective(retain_loss="embed_diff", layer=2),
+    ),
     "trace": (
         {"retain_token_weights": "trace", "trace_cap": 1.2, "forget_loss": "grad_ascent"},
         Objective(options={"cap": 1.2}, targets={0: [1, 4], 1: [2]}),

@@ -44,8 +44,11 @@ def build_objective(model: nn.Module, args: UnlearningConfig, *, device: torch.d
             "rmu and embed_diff read the output of one decoder layer: set rmu_layer (an adapter of another method "
             "than UOE, or none, does not name a layer)"
         )
-    decoder_layer(model, layer_idx)  # an index out of range is said now, not at the first step
     layers = find_layers(model)
+    num_layers = len(list(layers.children()))
+    if -num_layers <= layer_idx < 0:
+        layer_idx += num_layers
+    decoder_layer(model, layer_idx)  # an index out of range is said now, not at the first step
     edited = edited_layers(layers)
     if not trained_beside(model, layers) and layer_idx < min(edited):
         raise ValueError(

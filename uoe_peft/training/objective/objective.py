@@ -121,7 +121,8 @@ class Objective:
             examples_come_again: Whether training goes through the forget set more than once.
             on_disk: Whether there is a folder to keep it in, for this run or later ones.
         """
-        args, asked_once = self.args, on_disk or not self.reference.has_adapter
+        # Asked in the middle of a relearner's pass, the base would be the one that he has moved.
+        args, asked_once = self.args, on_disk or not self.reference.has_adapter or self.args.relearner_steps > 0
         needs: dict[str, Need] = {}
         if args.forget_loss in ("npo", "dpo") and (examples_come_again or asked_once):
             needs["forget"] = "nll"

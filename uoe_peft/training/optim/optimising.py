@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from trl.trainer.sft_trainer import SFTTrainer
 
 from uoe_peft.data import Batch, PairedDataset
+from uoe_peft.losses.answer_tokens import mean
 from uoe_peft.moe.routing import RoutingTrace
 from uoe_peft.moments import Moments
 from uoe_peft.training.callbacks import EstimateCurvature
@@ -18,13 +19,14 @@ from uoe_peft.training.objective.step import StepBatches
 from uoe_peft.training.optim.curvature import Estimates, estimate_curvature
 from uoe_peft.training.optim.masks import KeepMasked, Masks, weight_attribution_mask
 from uoe_peft.training.optim.projection import RetainProjection, moments_of_edits, sampled_rows
+from uoe_peft.training.optim.relearner import Relearner
 from uoe_peft.training.processes import masks_from_first_process
 from uoe_peft.training.reuse.reuse import Reuse
 from uoe_peft.training.setup import prepare_set
 
 
 class OptimisingTrainer(SFTTrainer):
-    """TRL's `SFTTrainer` with Sophia's curvature, WAGLE's masks and the retain projection."""
+    """TRL's `SFTTrainer` with Sophia's curvature, WAGLE's masks, the retain projection and a simulated relearning."""
 
     args: UnlearningConfig
     objective: Objective
@@ -34,6 +36,7 @@ class OptimisingTrainer(SFTTrainer):
     _trace: RoutingTrace | None
     _keep_masked: KeepMasked | None = None
     _projection: RetainProjection | None = None
+    _relearner: Relearner | None = None
 
     def _add_projection(self, retain_dataset: Any) -> None:
         if self.args.retain_projection is None:
@@ -44,9 +47,36 @@ class OptimisingTrainer(SFTTrainer):
         self._projection = RetainProjection(cast(nn.Module, self.model), self._measure, rho=self.args.retain_projection)
         self.add_callback(self._projection)
 
-    def _release_projection(self) -> None:
+    def _release_optimising(self) -> None:
+        self._relearner = None
         if self._projection is not None:
             self._projection.release()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The trainer's own step; and where it is asked for, one through weights that somebody trains back."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.relearner_steps:
+            batches = cast(dict[str, Batch], self._prepare_inputs(inputs))
+            self._forget_relearned(model, {role: batch for role, batch in batches.items() if role != "retain"})
+        return loss
+
+    def _forget_relearned(self, model: nn.Module, batches: dict[str, Batch]) -> None:
+        args, relearner = self.args, self._relearner
+        if relearner is None:
+            own = cast(nn.Module, self.model)
+            relearner = Relearner(own, learning_rate=args.relearner_rate, num_steps=args.relearner_steps)
+            self._relearner = relearner
+        with relearner.applied(), self.accelerator.autocast():
+            step = self.objective.step(model, batches, self._trace, self._step.counts)
+            nll = -mean(step.outputs.log_probs, self._step.counts["forget"].tokens)
+            # The average over the parts of the step's batch, as the Trainer makes it of their losses.
+            parts = self.current_gradient_accumulation_steps
+            relearner.learn(nll / parts, gradients_of=step.loss(args) / parts)
+        self._metrics["train"]["relearned_nll"].append(nll.item())
+        if self.accelerator.sync_gradients:  # the last part of the step's batch
+            relearner.step()
 
     def _add_estimates(self) -> None:
         if self.args.optim == "sophia" and self.args.sophia_estimator != "squared_gradient":

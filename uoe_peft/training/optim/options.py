@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from trl.trainer.sft_config import SFTConfig
 
 from uoe_peft.training.choices import SophiaEstimator
+from uoe_peft.tuner.arguments import as_int, as_number
 
 
 @dataclass
@@ -36,6 +37,14 @@ class OptimiserOptions:
             direction of mean energy by one half; smaller is stricter. Needs a retain set, whatever `retain_loss`, and
             a forward pass over both sets up to the edited layer, and a higher learning rate; the adapter stays an
             ordinary one. More is kept, but relearning restores more (benchmarks/RESULTS.md). None: off.
+        relearner_steps: Train against somebody who trains the forget answers back, a simplified TAR
+            (https://arxiv.org/abs/2408.00761): each step has a second forget pass through weights that he has moved,
+            one step of AdamW to each step of training, and its gradient is added. He begins anew after so many steps.
+            Far less comes back in relearning; what the rest loses by it, `retain_loss="embed_diff"` with `rmu_layer=-1`
+            keeps, and two experts of each layer do it better than one (benchmarks/RESULTS.md). Moves every layer, so
+            that there is no prefix cache; takes twice the time or more, and memory for five float32 copies of the
+            model. One process, weights in float32. A resumed run begins with a fresh relearner. 0: off.
+        relearner_rate: His learning rate, > 0, constant.
     """
 
     # Declared anew: the parent's type makes the command line refuse names that transformers does not know.
@@ -58,8 +67,14 @@ class OptimiserOptions:
         default=None, metadata={"help": "rho: damp deltas along what retain tokens have in common; None: off."}
     )
 
+    relearner_steps: int = field(
+        default=0, metadata={"help": "Steps after which a simulated relearning begins anew; 0: there is none."}
+    )
+    relearner_rate: float = field(default=2e-4, metadata={"help": "Learning rate of the simulated relearning."})
+
     def _check_optimiser(self) -> None:
         self._check_projection()
+        self._check_relearner()
         for name in ("sophia_rho", "weight_mask_mu"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
@@ -70,6 +85,10 @@ class OptimiserOptions:
             raise ValueError(f"sophia_interval must be >= 1, got {self.sophia_interval}")
         if self.weight_mask_ratio is not None and not 0 < self.weight_mask_ratio <= 1:
             raise ValueError(f"weight_mask_ratio must be in (0, 1], got {self.weight_mask_ratio}")
+
+    def _check_relearner(self) -> None:
+        self.relearner_steps = as_int("relearner_steps", self.relearner_steps, minimum=0)
+        self.relearner_rate = as_number("relearner_rate", self.relearner_rate, zero=False)
 
     def _check_projection(self) -> None:
         rho = self.retain_projection

@@ -98,12 +98,14 @@ def check_settings(args: UnlearningConfig, *, num_epochs: float, sharded: bool =
     """Refuse a cache where training could not use it.
 
     Raises:
-        NothingToCache: Under "auto", no example comes up twice.
+        NothingToCache: Under "auto", no example comes up twice; or every layer is moved.
         PrefixCacheUnavailable: The weights are sharded, the model is compiled, embeddings get noise, or gradient
             checkpointing is reentrant.
     """
     if args.prefix_cache == "auto" and not args.offload_prefix and num_epochs <= 1:
         raise NothingToCache(f"no example comes up twice in {num_epochs:g} epochs")
+    if args.relearner_steps:
+        raise NothingToCache(f"relearner_steps={args.relearner_steps} moves every layer at every step")
     if sharded or args.torch_compile:
         raise PrefixCacheUnavailable("fsdp, deepspeed and torch_compile need every layer to run")
     if args.neftune_noise_alpha is not None:
