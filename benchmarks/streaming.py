@@ -34,6 +34,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from benchmarks.published import published
 from uoe_peft import UnlearningConfig, UnlearningTrainer, UOEConfig, attribute_experts
+from uoe_peft.checkpoints import INDEX
 from uoe_peft.export import merge_checkpoint
 from uoe_peft.streaming import StreamedModel
 from uoe_peft.testbed import checkpoint_path, load_facts
@@ -85,8 +86,8 @@ def active_parameters(model: PreTrainedConfig) -> float:
     return sum(size.numel() * (share if ".experts." in name else 1) for name, size in sizes.items())
 
 
-def write(folder: Path, model: PreTrainedConfig) -> int:
-    """Write the checkpoint; its size in bytes."""
+def write(folder: Path, model: PreTrainedConfig) -> None:
+    """Write the checkpoint; its index comes last."""
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(checkpoint_path("base")).save_pretrained(folder)
     pool = (0.02 * torch.randn(2**23)).bfloat16()
@@ -95,8 +96,7 @@ def write(folder: Path, model: PreTrainedConfig) -> int:
         made = {key: _numbers(pool, shape, place) for place, (key, shape) in enumerate(tensors.items())}
         save_file(made, folder / f"{name}.safetensors", metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, f"{name}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def _numbers(pool: torch.Tensor, shape: torch.Size, place: int) -> torch.Tensor:
@@ -190,7 +190,12 @@ def stages(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     forget, retain = rows(tokenizer, num_tokens=max(options.tokens, options.solve_tokens), length=options.length)
     above = resident_bytes()
-    reading: dict[str, Any] = {"max_tokens": options.tokens, "batch_size": 8, "max_length": options.length}
+    reading = {
+        "processing_class": tokenizer,
+        "max_tokens": options.tokens,
+        "batch_size": options.rows_at_once,
+        "max_length": options.length,
+    }
 
     def run(name: str, stage: Callable[[], Any]) -> Any:
         uncached(folder)
@@ -200,11 +205,12 @@ def stages(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     def opened() -> Any:
         return StreamedModel.from_pretrained(folder, dtype=options.dtype, show_progress=options.progress)
 
-    model = run("open", opened)
-    attribution = run("attribute", partial(attribute_experts, model, forget, processing_class=tokenizer, **reading))
-    del model
-    middle = options.layers // 2
-    target = [(middle, int(attribution.affinity[middle].argmax()))]
+    run("open", opened)
+    layer_idx = options.layers // 2 if options.layer is None else options.layer
+    target = [(layer_idx, 0)]
+    if options.attribute:
+        attribution = run("attribute", partial(attribute_experts, opened(), forget, **reading))
+        target = [(layer_idx, int(attribution.affinity[attribution.layer_indices.index(layer_idx)].argmax()))]
     args = UnlearningConfig(
         output_dir=str(folder / "adapter"),
         forget_loss="rmu",
@@ -236,7 +242,7 @@ def stages(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         run("train and save", train)
         run("merge", lambda: merge_checkpoint(folder, args.output_dir, folder / "merged"))
     if options.solve:
-        solving = {**reading, "max_tokens": options.solve_tokens, "processing_class": tokenizer}
+        solving = {**reading, "max_tokens": options.solve_tokens}
         run("solve", lambda: solve_unlearning(opened(), forget, retain, target_experts=target, **solving))
     return {"target": target, **found}
 
@@ -247,6 +253,9 @@ def main() -> None:
     parser.add_argument("--model", choices=["qwen1.5-moe", "qwen3-235b"], default="qwen1.5-moe")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=10_000, help="that are attributed")
+    parser.add_argument("--rows_at_once", type=int, default=8, help="of a batch that is attributed or solved from")
+    parser.add_argument("--layer", type=int, help="that is edited (the middle one)")
+    parser.add_argument("--attribute", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--solve", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--solve_tokens", type=int, default=10_000, help="of each set")
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True)
@@ -257,25 +266,30 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="that is computed in")
     parser.add_argument("--progress", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoint in the folder, for the next run")
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="uoe-streaming-", dir=options.folder))
+    folder = options.folder / f"uoe-streaming-{options.model}-{options.layers}"
     try:
         model = config(options.model, options.layers)
-        with measured({}, "write", above=resident_bytes()):
-            size = write(folder, model)
+        if not (folder / INDEX).exists():
+            with measured({}, "write", above=resident_bytes()):
+                write(folder, model)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         work = 2 * active_parameters(model) * options.layers * options.tokens
         speed, cpu_speed = matmul_speed(model, options.dtype, num_tokens=8 * options.length)
         disk = read_speed(folder)
         bounds = {"read_s": size / disk, "multiply_s": work / speed, "multiply_cpu_s": work / cpu_speed}
         print({"gigabytes": size / 1e9, "disk_gb_s": disk / 1e9, "matmul_gflops": speed / 1e9, **bounds}, flush=True)
         found = stages(folder, options)
-        taken = found["attribute"]
-        over = taken["seconds"] / max(bounds["read_s"], bounds["multiply_s"])
-        print({"over_bound": over, "over_bound_cpu": taken["cpu_s"] / bounds["multiply_cpu_s"]})
-        print({"per_layer_s": taken["seconds"] / options.layers, "per_layer_cpu_s": taken["cpu_s"] / options.layers})
+        if options.attribute:
+            taken = found["attribute"]
+            over = taken["seconds"] / max(bounds["read_s"], bounds["multiply_s"])
+            print({"over_bound": over, "over_bound_cpu": taken["cpu_s"] / bounds["multiply_cpu_s"]})
+            print({name: taken[name] / options.layers for name in ("seconds", "cpu_s")}, "per layer")
         print(json.dumps(found))
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not options.keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,14 @@ def working_bytes(model: PreTrainedModel, num_tokens: int, itemsize: int) -> int
     return num_tokens * (routed + _WIDTHS * block.hidden_size) * itemsize
 
 
+def interrupted_bytes(model: PreTrainedModel, state_bytes: int) -> int:
+    """What passes take that wait inside a layer for its experts, given the size of their hidden states.
+
+    For a token that is what each of its experts puts out, what they are called with, and what came before.
+    """
+    return (experts_per_token(model.config, find_moe_blocks(model)[0].num_experts) + 2) * state_bytes
+
+
 def experts_per_token(config: PreTrainedConfig, num_experts: int) -> int:
     """How many experts a token is sent to, under whichever name the configuration has it; at worst all of them."""
     text = config.get_text_config()
