@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tests.streaming.conftest import Open, SaveFamily
+from tests.streaming.conftest import Open, SaveFamily, open_in_blocks
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe.segments import find_layers
 from uoe_peft.streaming import StreamedModel
@@ -31,9 +31,16 @@ def say_quantised(folder: Path, form: dict[str, Any]) -> None:
 def assert_same_model(quantised: Path, plain: Path) -> None:
     resident = AutoModelForCausalLM.from_pretrained(plain, dtype="float32")
     streamed: Any = StreamedModel.from_pretrained(quantised, show_progress=False)
+    in_blocks = open_in_blocks(quantised)
     ids = torch.arange(2, 20).view(2, 9)
     with torch.no_grad():
-        assert torch.equal(streamed(input_ids=ids).logits, resident(input_ids=ids).logits)
+        expected = resident(input_ids=ids).logits
+        assert torch.equal(streamed(input_ids=ids).logits, expected)
+        assert torch.equal(in_blocks(input_ids=ids).logits, expected)
+    for layer_idx in in_blocks._on_disk:
+        kept, whole = (find_layers(model).get_submodule(str(layer_idx)).mlp.experts for model in (in_blocks, resident))
+        for name in ("gate_up_proj", "down_proj"):
+            assert all(torch.equal(getattr(kept, name)[index], one) for index, one in enumerate(getattr(whole, name)))
     for layer_idx, layer in enumerate(find_layers(resident).children()):
         streamed.keep_layers([layer_idx])
         kept = dict(find_layers(streamed).get_submodule(str(layer_idx)).named_parameters())

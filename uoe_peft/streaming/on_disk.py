@@ -138,6 +138,7 @@ class ExpertsOnDisk:
         for expert_indices, experts in self._blocks(experts_with_tokens([c for c, _ in calls], self._num_experts)):
             for call, own in calls:
                 run_block(experts, call, expert_indices, cast(Tensor, own.outputs), order=self.order)
+            del experts  # before the next ones are there
 
     @contextmanager
     def interrupting(self) -> Iterator[Interrupted]:
@@ -197,12 +198,17 @@ class ExpertsOnDisk:
         """Some experts at a time, with a module that holds them; the next ones are being read."""
         step = self._per_block
         parts = [expert_indices[start : start + step] for start in range(0, len(expert_indices), step)]
-        ahead = self._residence.read_experts(self._names.values(), parts[0]) if parts else None
-        for part, following in zip(parts, [*parts[1:], None], strict=True):
-            assert ahead is not None
+        if not parts:
+            return
+        ahead = self._residence.read_experts(self._names.values(), parts[0])
+        for position, part in enumerate(parts, 1):
             read = self._placed(ahead.result())
-            ahead = None if following is None else self._residence.read_experts(self._names.values(), following)
-            yield part, self._holding(read, part)
+            if position < len(parts):
+                ahead = self._residence.read_experts(self._names.values(), parts[position])
+            experts = self._holding(read, part)
+            del read
+            yield part, experts
+            del experts
 
     def _placed(self, read: dict[str, Tensor]) -> dict[str, Tensor]:
         """Stacks by their own names, where and in what they are computed with; those that were read are let go."""
