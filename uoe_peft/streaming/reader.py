@@ -161,7 +161,7 @@ class PartReader:
         tensors, parameter = self._checkpoint.tensors, self._model.state_dict()[name]
         if parameter.dim() != 3:
             return
-        if converter is not None and self._quantizer is None:
+        if converter is not None:
             stack = find_stack(converter, by_pattern, tensors, parameter)
             if stack is not None:
                 self._stacks[name] = stack
