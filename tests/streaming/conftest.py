@@ -73,8 +73,8 @@ def open_in_blocks(folder: Path, *, experts_a_block: int = 2, **options: Any) ->
         for block in find_moe_blocks(whole)
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(on_disk, "_BLOCK", experts_a_block * an_expert * whole.dtype.itemsize)
-        patch.setattr(on_disk, "_BLOCKS", 1)  # there is not room for three of most sizes
+        patch.setattr(on_disk, "BLOCK_BYTES", experts_a_block * an_expert * whole.dtype.itemsize)
+        patch.setattr(on_disk, "BLOCKS", 1)  # there is not room for three of most sizes
         limit = whole._residence.least_bytes - 1
         model: Any = StreamedModel.from_pretrained(folder, layer_memory=limit, **options)
     assert model._on_disk

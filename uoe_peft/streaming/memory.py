@@ -11,6 +11,11 @@ from uoe_peft.moe import find_moe_blocks
 
 GIB = 2**30
 
+# Of experts that are read in blocks. A larger block is no faster: reading and computing overlap.
+BLOCK_BYTES = GIB
+# At a time: one that computes, one that is read, and what either is made of.
+BLOCKS = 3
+
 # What a token takes inside a layer beside its experts: norms, queries, keys, values, scores and residuals, in hidden
 # sizes.
 _WIDTHS = 10

@@ -23,13 +23,9 @@ from uoe_peft.moe.segments import detached, find_layers
 from uoe_peft.moe.storage import shallow_copy
 from uoe_peft.streaming.blocks import ExpertsCall, Order, add_up, addition_order, experts_with_tokens, run_block
 from uoe_peft.streaming.loading import Stop
-from uoe_peft.streaming.memory import GIB
+from uoe_peft.streaming.memory import BLOCK_BYTES, BLOCKS
 from uoe_peft.streaming.residence import Residence
 
-# A larger block is no faster: reading and computing overlap.
-_BLOCK = GIB
-# At a time: one that computes, one that is read, and what either is made of.
-_BLOCKS = 3
 # Single experts that are remembered: those that adapters edit.
 _REMEMBERED = 16
 
@@ -93,7 +89,7 @@ class ExpertsOnDisk:
     @property
     def num_block_bytes(self) -> int:
         """Memory that reading them in blocks takes."""
-        return _BLOCKS * self._per_block * self._expert_bytes
+        return BLOCKS * self._per_block * self._expert_bytes
 
     @property
     def order(self) -> Order:
@@ -242,13 +238,13 @@ def leave_on_disk(model: PreTrainedModel, residence: Residence, *, limit: int) -
     """
     blocks = [block for block in find_moe_blocks(model) if _can_be_apart(block, residence)]
     residence.leave_out({name for block in blocks for name in stack_names(block).values()})
-    room = min(_BLOCK, max(0, limit - residence.least_bytes) // _BLOCKS)
+    room = min(BLOCK_BYTES, max(0, limit - residence.least_bytes) // BLOCKS)
     return {block.layer_idx: ExpertsOnDisk(model, block, residence, block_bytes=room) for block in blocks}
 
 
 def bytes_of_blocks(model: PreTrainedModel) -> int:
     """The least memory that reading experts in blocks takes beside the rest of a layer: one expert a block."""
-    return _BLOCKS * max(expert_bytes(block) for block in find_moe_blocks(model))
+    return BLOCKS * max(expert_bytes(block) for block in find_moe_blocks(model))
 
 
 def expert_bytes(block: MoEBlock) -> int:
