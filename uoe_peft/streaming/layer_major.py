@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from uoe_peft.streaming.loading import Stop
 from uoe_peft.streaming.memory import interrupted_bytes
 from uoe_peft.streaming.on_disk import ExpertsOnDisk, Interrupted
 from uoe_peft.streaming.residence import Residence
-from uoe_peft.streaming.states import States, num_bytes
+from uoe_peft.streaming.states import Entered, States, num_bytes
 
 T = TypeVar("T")
 
@@ -42,6 +42,8 @@ class LayerSweeps(Generic[T]):
         embedded: Where to keep what the token embedding gives.
         on_disk: Experts that layers come in without.
         together: Bytes that such experts' outputs may take, for all passes that go through them together.
+        edited: The lowest layer that an adapter edits.
+        entered: Keeps what enters that layer, for the same passes another time.
     """
 
     def __init__(
@@ -55,9 +57,12 @@ class LayerSweeps(Generic[T]):
         embedded: States,
         on_disk: Mapping[int, ExpertsOnDisk],
         together: int,
+        edited: int | None,
+        entered: Entered,
     ) -> None:
         self._model, self._residence, self._passes = model, residence, passes
         self._on_disk, self._together = on_disk, together
+        self._edited, self._entered = edited, entered
         self._layer_indices, self._read = layer_indices, read
         self._layers = [find_layers(model).get_submodule(name) for name in find_layers(model)._modules]
         # What the token embedding gives, as often as the model's own forward pass asks: some families use it in every
@@ -109,14 +114,23 @@ class LayerSweeps(Generic[T]):
                 handle.remove()
         return digest.hexdigest()
 
-    def run(self, states: States, *, show_progress: bool) -> Iterator[tuple[T, list[Tensor | None]]]:
+    def run(self, states: States, *, key: str, show_progress: bool) -> Iterator[tuple[T, list[Tensor | None]]]:
         """Take all passes through the layers; results in order, as soon as they are there.
+
+        Args:
+            states: Of the passes.
+            key: Names what is computed without an adapter.
+            show_progress: Whether to show a bar.
 
         Raises:
             UnsupportedModelError: A pass ends before a layer that is to be read.
             ValueError: The disk has no room for the states.
         """
         finished, readings = states.finished()
+        before = None if self._edited is None else self._entered.get(key)
+        if before is not None and before[0] <= min([cast(int, self._edited), *self._layer_indices]):
+            finished = before[0] - 1
+            states.begin_from(before[1])
         self._readings = {index: dict(values) for index, values in readings.items()}
         states.check_room(sum(size for _, size in self._sizes))
         num_out = 0
@@ -124,6 +138,8 @@ class LayerSweeps(Generic[T]):
             # Above the last layer there is the head: both stay while all passes go through them.
             is_last = layer_idx == len(self._layers) - 1
             self._residence.drop_all()
+            if layer_idx == self._edited and (entering := states.all_of(len(self._passes))) is not None:
+                self._entered.put(key, layer_idx, entering)
             states.begin(layer_idx)
             with self._residence.holding() if is_last else nullcontext():
                 for position, interrupted in self._so_far(layer_idx, range(num_out, len(self._passes)), states):

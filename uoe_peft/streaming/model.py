@@ -17,14 +17,14 @@ from uoe_peft.moe.passes import Pass, Read
 from uoe_peft.moe.segments import find_layers
 from uoe_peft.streaming.checkpoint import Checkpoint
 from uoe_peft.streaming.layer_major import LayerSweeps
-from uoe_peft.streaming.loading import load_when_called, part_paths
+from uoe_peft.streaming.loading import load_when_called, lowest_edited_layer, part_paths
 from uoe_peft.streaming.memory import GIB, available_memory, interrupted_bytes, working_bytes
 from uoe_peft.streaming.on_disk import ExpertsOnDisk, bytes_of_blocks, leave_on_disk
 from uoe_peft.streaming.opening import make_skeleton, without_weights
 from uoe_peft.streaming.quantisation import find_dequantizer, plain_headers, without_quantisation
 from uoe_peft.streaming.reader import PartReader
 from uoe_peft.streaming.residence import Residence
-from uoe_peft.streaming.states import States, check_folder, own_folder
+from uoe_peft.streaming.states import Entered, States, check_folder, own_folder
 
 T = TypeVar("T")
 
@@ -46,6 +46,7 @@ class StreamedModel(nn.Module):
     _identity: str
     _state_dir: Path | None
     _state_memory: int
+    _entered: Entered
     show_progress: bool
 
     @classmethod
@@ -111,7 +112,7 @@ class StreamedModel(nn.Module):
         streamed._identity = checkpoint.identity
         streamed.show_progress = show_progress
         streamed._state_dir = None if state_dir is None else Path(state_dir)
-        streamed._state_memory = state_memory
+        streamed._state_memory, streamed._entered = state_memory, Entered(state_memory // 4)
         return streamed
 
     @property
@@ -157,6 +158,7 @@ class StreamedModel(nn.Module):
         """
         model = cast(PreTrainedModel, self)
         embedded = States(limit=self._state_memory // 2, folder=None, key="")
+        edited = lowest_edited_layer(model)
         sweeps = LayerSweeps(
             model,
             self._residence,
@@ -166,15 +168,16 @@ class StreamedModel(nn.Module):
             embedded=embedded,
             on_disk=self._on_disk,
             together=self._state_memory,
+            edited=edited,
+            entered=self._entered,
         )
         key = f"{self._identity}-{_way_of_computing(model)}-{sweeps.embed()}"
         self._check_memory(sweeps.num_tokens)
         # What an adapter computes is no part of the key.
-        is_wrapped = any("base_layer" in module._modules for module in self.modules())
-        folder = None if is_wrapped or self._state_dir is None else own_folder(self._state_dir)
-        states = States(limit=self._state_memory // 2, folder=folder, key=key)
+        folder = None if edited is not None or self._state_dir is None else own_folder(self._state_dir)
+        states = States(limit=self._state_memory // 4, folder=folder, key=key)
         try:
-            yield from sweeps.run(states, show_progress=self.show_progress)
+            yield from sweeps.run(states, key=key, show_progress=self.show_progress)
             states.remove()
         finally:
             states.close()
