@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 from tests.streaming.conftest import Open, SaveFamily, open_in_blocks
 from tests.streaming.test_families import batches, said
@@ -21,6 +21,7 @@ from uoe_peft import UOEConfig
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe.passes import run_passes
 from uoe_peft.streaming import StreamedModel
+from uoe_peft.streaming.opening import make_skeleton
 from uoe_peft.streaming.reader import PartReader
 from uoe_peft.training import UnlearningTrainer, solve_unlearning
 from uoe_peft.tuner import UOEModel
@@ -103,6 +104,22 @@ def test_biases_of_experts_that_are_fused_on_disk(implementation: str, tmp_path:
     for own in (resident, model):
         own.set_experts_implementation(implementation)
     assert_every_bit(model, resident, [{"input_ids": torch.arange(2, 20).view(2, 9)}])
+
+
+def test_sums_of_three_experts_in_the_order_of_eager(in_blocks: Open, resident: PreTrainedModel) -> None:
+    model = in_blocks()
+    for own in (resident, model):
+        own.set_experts_implementation("eager")
+    assert_every_bit(model, resident, ids())
+
+
+def test_a_model_larger_than_any_memory_is_made_without_data() -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 2**16, "moe_intermediate_size": 2**15, "num_experts": 2**15}
+    config = Qwen3MoeConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    skeleton = make_skeleton(config, "float32", trust_remote_code=False)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    assert skeleton.model.layers[0].mlp.experts.gate_up_proj.numel() == 2**47
+    assert torch.equal(skeleton.model.rotary_emb.inv_freq[:1], torch.ones(1))
 
 
 def test_computed_in_bfloat16(checkpoint: Path, in_blocks: Open) -> None:

@@ -17,6 +17,7 @@ from tests.training.conftest import TARGET, make_args, with_uoe
 from uoe_peft import UOEConfig, attribute_experts, evaluate_unlearning
 from uoe_peft.attribution.sampling import sample_batches
 from uoe_peft.moe.passes import run_passes
+from uoe_peft.moe.routing import record_routing
 from uoe_peft.moments import measure_moments
 from uoe_peft.streaming import StreamedModel, residence
 from uoe_peft.streaming.reader import PartReader
@@ -203,10 +204,36 @@ def test_passes_that_are_run_again_with_another_adapter_begin_at_its_layer(
             randomise(model, seed=seed)
         assert all(map(torch.equal, swept(streamed, run), swept(whole_model, run)))
         assert reads == layers
+    for model in (streamed, whole_model):
+        model.add_adapter("lower", UOEConfig(target_experts=[(0, 1)]))
+        model.base_model.set_adapter(["default", "lower"])
+        randomise(model, seed=5)
+    assert all(map(torch.equal, swept(streamed, inputs), swept(whole_model, inputs)))
     reads.clear()
     base: Any = streamed.unload()
     assert all(map(torch.equal, swept(base, inputs), swept(whole_model.unload(), inputs)))
-    assert reads == [0, 2]
+    assert reads == [2]  # both edited layers are there to stay
+
+
+def test_a_layer_below_the_edited_one_is_read_again_where_it_is_asked_for(
+    opened: Open, resident: PreTrainedModel
+) -> None:
+    streamed, inputs = with_uoe(opened()), torch.arange(2, 14).view(2, 6)
+    with torch.no_grad(), record_routing(streamed) as trace:
+        (expected,) = (layer_scores(resident, inputs),)
+        for _ in range(2):
+            passes = [lambda: streamed(input_ids=inputs, use_cache=False).logits]
+            ((_, (found,)),) = run_passes(
+                streamed, passes, layer_indices=[0], read=lambda position, layer_idx: trace[layer_idx].scores.clone()
+            )
+            assert torch.equal(found, expected)
+
+
+def layer_scores(model: Any, inputs: Tensor) -> Tensor:
+    """The router scores of layer 0."""
+    with record_routing(model) as trace:
+        model(input_ids=inputs, use_cache=False)
+        return trace[0].scores.clone()
 
 
 def test_what_enters_the_edited_layer_is_not_kept_without_room(opened: Open, resident: PreTrainedModel) -> None:
