@@ -93,21 +93,21 @@ def shapes(model: PreTrainedConfig) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in revert_weight_conversion(made, made.state_dict()).items()}
 
 
-def active_parameters(model: PreTrainedConfig) -> float:
-    """What attribution multiplies a token with: all of a layer but idle experts, and the last one up to its router."""
+def active_parameters(model: PreTrainedConfig) -> tuple[float, float]:
+    """What attribution multiplies a token with, in routed experts and elsewhere: the last layer up to its router."""
     made = without_data(model)
     blocks = {block.layer_idx: block for block in find_moe_blocks(made)}
-    total = 0.0
+    routed = others = 0.0
     for index, layer in enumerate(find_layers(made).children()):
         sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
         block = blocks.get(index)
         experts = 0 if block is None else sum(p.numel() for p in block.experts.parameters())
-        total += sum(sizes.values()) - experts
+        others += sum(sizes.values()) - experts
         if block is not None and index < max(blocks):
-            total += experts * experts_per_token(model, block.num_experts) / block.num_experts
+            routed += experts * experts_per_token(model, block.num_experts) / block.num_experts
         elif block is not None:  # the pass ends before shared experts
-            total -= sum(size for name, size in sizes.items() if "shared" in name)
-    return total
+            others -= sum(size for name, size in sizes.items() if "shared" in name)
+    return routed, others
 
 
 def write(folder: Path, model: PreTrainedConfig) -> None:
@@ -174,20 +174,27 @@ def read_speed(folder: Path) -> float:
     return path.stat().st_size / (time.perf_counter() - start)
 
 
-def matmul_speed(model: PreTrainedConfig, dtype: str, *, num_tokens: int) -> tuple[float, float]:
-    """Multiplications and additions per second, and per second of the processor, at the sizes of a batch's experts."""
+def multiplication_times(model: PreTrainedConfig, dtype: str, *, num_tokens: int, at_once: int) -> dict[str, float]:
+    """Seconds that one pass of attribution multiplies, and those of the processor, at speeds that are measured now.
+
+    Routed experts multiply the few tokens of a batch that each of them gets, everything else multiplies all of them.
+    """
     text: Any = model
     block = find_moe_blocks(without_data(model))[0]
-    rows = num_tokens * text.num_experts_per_tok // block.num_experts
-    left = torch.randn(rows, text.hidden_size, dtype=getattr(torch, dtype))
-    # Several experts, as in a layer: one alone would stay in the processor's cache.
-    experts = torch.randn(8, text.hidden_size, 2 * text.moe_intermediate_size, dtype=left.dtype)
-    left @ experts[0]
-    start, cpu = time.perf_counter(), time.process_time()
-    for index in range(96):
-        left @ experts[index % len(experts)]
-    done = 96 * 2 * left.numel() * experts.shape[2]
-    return done / (time.perf_counter() - start), done / (time.process_time() - cpu)
+    an_experts = at_once * text.num_experts_per_tok // block.num_experts
+    found = {"multiply_s": 0.0, "multiply_cpu_s": 0.0}
+    for parameters, num_rows in zip(active_parameters(model), (an_experts, at_once), strict=True):
+        left = torch.randn(num_rows, text.hidden_size, dtype=getattr(torch, dtype))
+        # Several matrices, as in a layer: one alone would stay in the processor's cache.
+        matrices = torch.randn(8, text.hidden_size, 2 * text.moe_intermediate_size, dtype=left.dtype)
+        left @ matrices[0]
+        start, cpu = time.perf_counter(), time.process_time()
+        for index in range(32):
+            left @ matrices[index % len(matrices)]
+        share = 2 * parameters * num_tokens / (32 * 2 * left.numel() * matrices.shape[2])
+        found["multiply_s"] += share * (time.perf_counter() - start)
+        found["multiply_cpu_s"] += share * (time.process_time() - cpu)
+    return found
 
 
 def resident_bytes() -> int:
@@ -326,11 +333,11 @@ def main() -> None:
             with measured({}, "write", above=resident_bytes()):
                 write(folder, model)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        work = 2 * active_parameters(model) * options.tokens
-        speed, cpu_speed = matmul_speed(model, options.dtype, num_tokens=8 * options.length)
+        at_once = options.rows_at_once * options.length
         disk = read_speed(folder)
-        bounds = {"read_s": size / disk, "multiply_s": work / speed, "multiply_cpu_s": work / cpu_speed}
-        print({"gigabytes": size / 1e9, "disk_gb_s": disk / 1e9, "matmul_gflops": speed / 1e9, **bounds}, flush=True)
+        bounds = multiplication_times(model, options.dtype, num_tokens=options.tokens, at_once=at_once)
+        bounds["read_s"] = size / disk
+        print({"gigabytes": size / 1e9, "disk_gb_s": disk / 1e9, **bounds}, flush=True)
         found = stages(folder, options)
         if options.attribute:
             taken = found["attribute"]
