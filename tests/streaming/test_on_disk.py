@@ -176,19 +176,19 @@ def test_at_most_three_blocks_are_in_memory(in_blocks: Open, monkeypatch: pytest
         assert model._residence.num_bytes(0) < 6 * 3 * 32 * 24 * 4
 
 
-def test_attention_runs_once_for_each_pass(in_blocks: Open) -> None:
+def test_attention_and_shared_experts_run_once_for_each_pass(in_blocks: Open) -> None:
     model, calls = in_blocks(), []
     for layer in model.model.layers:
-        project = layer.self_attn.o_proj
-        own = project.forward
-        project.forward = lambda hidden, own=own: (calls.append(0), own(hidden))[1]
+        for part in (layer.self_attn.o_proj, layer.mlp.shared_expert.down_proj):
+            own = part.forward
+            part.forward = lambda hidden, own=own: (calls.append(0), own(hidden))[1]
     with torch.no_grad():
         list(run_passes(model, [partial(said, model, batch) for batch in ids()]))
-    assert len(calls) == 3 * 4
+    assert len(calls) == 2 * 3 * 4
 
 
 @pytest.mark.filterwarnings("ignore::uoe_peft.attribution.AttributionWarning")
-@pytest.mark.parametrize("family", ["deepseek_v3", "mixtral", "olmoe", "aria"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma4", "mixtral", "olmoe"])
 def test_affinities_moments_and_the_trained_adapter(
     family: str, saved_family: SaveFamily, tokenizer: Any, tmp_path: Path
 ) -> None:

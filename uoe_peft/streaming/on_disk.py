@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe import MoEBlock, find_moe_blocks
+from uoe_peft.moe.experts import unwrap
 from uoe_peft.moe.segments import detached, find_layers
 from uoe_peft.moe.storage import shallow_copy
 from uoe_peft.streaming.blocks import ExpertsCall, Order, add_up, addition_order, experts_with_tokens, run_block
@@ -69,6 +70,8 @@ class ExpertsOnDisk:
         self._module, self._residence = block.storage.module, residence
         self._layer = find_layers(model).get_submodule(str(block.layer_idx))
         self._num_experts = block.num_experts
+        # Whoever records routing looks into the router while it runs, so that it must run with the rest of a pass.
+        self._beside = {self._module, unwrap(block.router)}
         self._names = stack_names(block)
         self._known: Interrupted | None = None
         self._is_interrupting = False
@@ -140,12 +143,11 @@ class ExpertsOnDisk:
     def interrupting(self) -> Iterator[Interrupted]:
         """Inside the context a pass is ended where the experts are called; what it did by then is noted."""
         noted = Interrupted()
-        parts = [part for part in self._layer.children() if self._module not in part.modules() and _is_large(part)]
 
         def keep(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             noted.done.setdefault(part, []).append(detached(output))
 
-        handles = [part.register_forward_hook(keep) for part in parts]
+        handles = [part.register_forward_hook(keep) for part in _large_parts(self._layer, beside=self._beside)]
         self._known, self._is_interrupting = noted, True
         try:
             yield noted
@@ -260,15 +262,21 @@ def stack_names(block: MoEBlock) -> dict[str, str]:
 
 
 def _can_be_apart(block: MoEBlock, residence: Residence) -> bool:
-    module = block.storage.module
-    parameters = [p for p in module._parameters.values() if p is not None]
+    module, names = block.storage.module, stack_names(block)
     return (
         hasattr(module, "_is_expert_parallel")  # of modules that transformers' own ways of running experts run
         and not module._buffers
-        and all(len(p) == block.num_experts for p in parameters)
-        and all(residence.can_read_experts(name) for name in stack_names(block).values())
+        and bool(names)
+        and all(p is None or p.shape[:1] == (block.num_experts,) for p in module._parameters.values())
+        and all(map(residence.can_read_experts, names.values()))
     )
 
 
-def _is_large(part: nn.Module) -> bool:
-    return any(p.dim() > 1 for p in part.parameters())
+def _large_parts(module: nn.Module, *, beside: set[nn.Module]) -> Iterator[nn.Module]:
+    """The parts of a module that multiply by matrices, beside others that they are not to hold."""
+    for part in module.children():
+        if beside.intersection(part.modules()):
+            if part not in beside:
+                yield from _large_parts(part, beside=beside)
+        elif any(p.dim() > 1 for p in part.parameters()):
+            yield part
