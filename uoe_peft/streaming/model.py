@@ -22,7 +22,7 @@ from uoe_peft.streaming.memory import GIB, available_memory, interrupted_bytes, 
 from uoe_peft.streaming.on_disk import ExpertsOnDisk, bytes_of_blocks, leave_on_disk
 from uoe_peft.streaming.opening import make_skeleton, without_weights
 from uoe_peft.streaming.quantisation import find_dequantizer, plain_headers, without_quantisation
-from uoe_peft.streaming.reader import PartReader
+from uoe_peft.streaming.reader import PartReader, no_loading_bar
 from uoe_peft.streaming.residence import Residence
 from uoe_peft.streaming.states import Entered, States, check_folder, own_folder
 
@@ -95,7 +95,8 @@ class StreamedModel(nn.Module):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         quantizer = find_dequantizer(config, checkpoint.name)
         skeleton = make_skeleton(without_quantisation(config), dtype, trust_remote_code=trust_remote_code)
-        headers = checkpoint.headers() if quantizer is None else plain_headers(skeleton, checkpoint, quantizer)
+        with no_loading_bar():
+            headers = checkpoint.headers() if quantizer is None else plain_headers(skeleton, checkpoint, quantizer)
         model = without_weights(skeleton, checkpoint, headers)
         find_moe_blocks(model)  # says what is wrong with a model that has none
         model.requires_grad_(False).eval()
