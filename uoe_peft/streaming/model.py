@@ -176,7 +176,9 @@ class StreamedModel(nn.Module):
         self._check_memory(sweeps.num_tokens)
         # What an adapter computes is no part of the key.
         folder = None if edited is not None or self._state_dir is None else own_folder(self._state_dir)
-        states = States(limit=self._state_memory // 4, folder=folder, key=key)
+        if edited is None:
+            self._entered.clear()
+        states = States(limit=self._state_memory // (2 if edited is None else 4), folder=folder, key=key)
         try:
             yield from sweeps.run(states, key=key, show_progress=self.show_progress)
             states.remove()

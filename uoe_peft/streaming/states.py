@@ -181,6 +181,10 @@ class Entered:
         """The layer, and what entered it; None if that is not known."""
         return self._kept.get(key)
 
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._kept.clear()
+
     def _num_bytes(self) -> int:
         return sum(num_bytes(state) for _, states in self._kept.values() for state in states.values())
 
