@@ -326,6 +326,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint in the folder, for the next run")
     options = parser.parse_args()
+    if options.solve and not options.attribute:
+        parser.error("--solve needs attribution, which finds an expert that tokens reach; leave out --no-attribute")
     folder = options.folder / f"uoe-streaming-{options.model}-{options.layers}"
     try:
         model = config(options.model, options.layers)
