@@ -95,7 +95,8 @@ def published() -> dict[str, PreTrainedConfig]:
 
 def table() -> str:
     """A row for each model, with memory for attribution and for training, in float32 and in bfloat16."""
-    columns = ["Model", "Parameters", "On disk", "Memory, float32", "Memory, bfloat16", "Attribute", "Train"]
+    memory = ["Memory, float32", "Memory, bfloat16", "In blocks, float32"]
+    columns = ["Model", "Parameters", "On disk", *memory, "Attribute", "Train"]
     lines = [f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"]
     for name, config in published().items():
         wide, narrow = (
@@ -113,6 +114,7 @@ def table() -> str:
             f"| {name} | {wide.parameters / 1e9:.0f} G | {wide.checkpoint_gb:.0f} GB | "
             f"{wide.attribute_gib:.0f} / {wide.train_gib:.0f} GiB | "
             f"{narrow.attribute_gib:.0f} / {narrow.train_gib:.0f} GiB | "
+            f"{wide.blocks_attribute_gib:.0f} / {wide.blocks_train_gib:.0f} GiB | "
             f"{wide.attribute_seconds / 3600:.1f} h | "
             f"{wide.train_seconds / 3600:.1f} h |\n"
         )

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from tests.families import build, randomise
 from tests.training.conftest import make_model, make_sets, make_tokenizer
-from uoe_peft.streaming import StreamedModel
+from uoe_peft.moe import find_moe_blocks
+from uoe_peft.streaming import StreamedModel, on_disk
 
 Open = Callable[..., Any]
 SaveFamily = Callable[[str], tuple[Path, Any]]
@@ -61,3 +62,20 @@ def save_family(family: str, folder: Path) -> tuple[Path, Any]:
 def saved_family(tmp_path: Path) -> SaveFamily:
     """Saves a family's tiny model; returns the folder, and what transformers loads from it."""
     return lambda family: save_family(family, tmp_path)
+
+
+def open_in_blocks(folder: Path, *, experts_a_block: int = 2, **options: Any) -> Any:
+    """Open a checkpoint with a byte too little for a layer and its experts, so that these are read in blocks."""
+    options.setdefault("show_progress", False)
+    whole: Any = StreamedModel.from_pretrained(folder, **options)
+    an_expert = max(
+        sum(p.numel() // block.num_experts for p in block.storage.module.parameters() if p.dim() == 3)
+        for block in find_moe_blocks(whole)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_disk, "BLOCK_BYTES", experts_a_block * an_expert * whole.dtype.itemsize)
+        patch.setattr(on_disk, "BLOCKS", 1)  # there is not room for three of most sizes
+        limit = whole._residence.least_bytes - 1
+        model: Any = StreamedModel.from_pretrained(folder, layer_memory=limit, **options)
+    assert model._on_disk
+    return model

@@ -49,6 +49,12 @@ def test_memory_is_a_layer_states_and_a_batch() -> None:
     assert plan.attribute_gib * 2**30 == pytest.approx(peak)
     assert plan.train_gib * 2**30 == pytest.approx(peak + 4 * LAYER + 16 * (EXPERT + 6 * 24))
     assert plan.ahead_gib * 2**30 == 2 * LAYER
+    # All experts are one block here; what two of them put out waits, with what they got and what came before.
+    others = LAYER - 6 * EXPERT
+    in_blocks = 4 * others + 2 * others / 3 + states + batch + 4 * 6 * EXPERT + (2 + 2) * states / 2
+    assert plan.blocks_attribute_gib * 2**30 == pytest.approx(in_blocks)
+    kept = 4 * (LAYER - 5 * EXPERT)
+    assert plan.blocks_train_gib * 2**30 == pytest.approx(in_blocks + kept + 16 * (EXPERT + 6 * 24))
     assert plan.parameters == 4 * LAYER + 2 * 101 * 24 + 24
     assert plan.checkpoint_gb * 1e9 == pytest.approx(2 * plan.parameters)
     assert plan.adapter_mib * 2**20 == 4 * (EXPERT + 6 * 24)

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tests.streaming.conftest import Open, SaveFamily
+from tests.streaming.conftest import Open, SaveFamily, open_in_blocks
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe.segments import find_layers
 from uoe_peft.streaming import StreamedModel
+from uoe_peft.streaming.quantisation import put_plain
 
 BLOCK = (16, 20)
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": BLOCK, "activation_scheme": "dynamic"}
@@ -31,9 +32,17 @@ def say_quantised(folder: Path, form: dict[str, Any]) -> None:
 def assert_same_model(quantised: Path, plain: Path) -> None:
     resident = AutoModelForCausalLM.from_pretrained(plain, dtype="float32")
     streamed: Any = StreamedModel.from_pretrained(quantised, show_progress=False)
+    in_blocks = open_in_blocks(quantised)
+    assert streamed.dtype == in_blocks.dtype == torch.float32
     ids = torch.arange(2, 20).view(2, 9)
     with torch.no_grad():
-        assert torch.equal(streamed(input_ids=ids).logits, resident(input_ids=ids).logits)
+        expected = resident(input_ids=ids).logits
+        assert torch.equal(streamed(input_ids=ids).logits, expected)
+        assert torch.equal(in_blocks(input_ids=ids).logits, expected)
+    for layer_idx in in_blocks._on_disk:
+        kept, whole = (find_layers(model).get_submodule(str(layer_idx)).mlp.experts for model in (in_blocks, resident))
+        for name in ("gate_up_proj", "down_proj"):
+            assert all(torch.equal(getattr(kept, name)[index], one) for index, one in enumerate(getattr(whole, name)))
     for layer_idx, layer in enumerate(find_layers(resident).children()):
         streamed.keep_layers([layer_idx])
         kept = dict(find_layers(streamed).get_submodule(str(layer_idx)).named_parameters())
@@ -42,9 +51,9 @@ def assert_same_model(quantised: Path, plain: Path) -> None:
             assert kept[name].dtype == torch.float32
 
 
-def in_blocks(scales: Tensor, shape: torch.Size) -> Tensor:
+def in_blocks(scales: Tensor, shape: torch.Size, block: tuple[int, int] = BLOCK) -> Tensor:
     """Each block's scale for each of its weights; the last blocks are cut."""
-    return scales.repeat_interleave(BLOCK[0], dim=0).repeat_interleave(BLOCK[1], dim=1)[: shape[0], : shape[1]]
+    return scales.repeat_interleave(block[0], dim=0).repeat_interleave(block[1], dim=1)[: shape[0], : shape[1]]
 
 
 def powers_of_two(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -62,25 +71,55 @@ def stored_scales(form: str, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return exponents.view(torch.float8_e8m0fnu) if form == "e8m0" else exponents, scales
 
 
-@pytest.mark.parametrize("form", ["float32", "e8m0", "bytes"])
-def test_fp8_in_blocks_some_of_which_are_cut(form: str, saved_family: SaveFamily, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "block"), [("float32", BLOCK), ("float32", (8, 4)), ("e8m0", BLOCK), ("bytes", BLOCK)]
+)
+def test_fp8_in_blocks_some_of_which_are_cut(
+    form: str, block: tuple[int, int], saved_family: SaveFamily, tmp_path: Path
+) -> None:
     folder, _ = saved_family("deepseek_v3")
     tensors, plain = load_file(folder / "model.safetensors"), {}
     stored: dict[str, Tensor] = {}
     for name, weight in tensors.items():
-        plain[name] = stored[name] = weight
+        # As published: what is not in eight bits is narrower than what is computed in.
+        stored[name] = weight.bfloat16() if form == "float32" else weight
+        plain[name] = stored[name].to(weight.dtype)
         if "_proj" in name and weight.dim() == 2:
-            grid = (-(-weight.shape[0] // BLOCK[0]), -(-weight.shape[1] // BLOCK[1]))
+            grid = (-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
             stored[name] = weight.to(torch.float8_e4m3fn)
             stored[f"{name}_scale_inv"], scales = stored_scales(form, grid)
-            plain[name] = stored[name].float() * in_blocks(scales, weight.shape)
+            plain[name] = stored[name].float() * in_blocks(scales, weight.shape, block)
     assert any("experts.5" in name for name in stored if name.endswith("scale_inv"))
     for made, path in ((stored, folder), (plain, tmp_path / "plain")):
         path.mkdir(exist_ok=True)
         save_file(made, path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "plain" / "config.json").write_text((folder / "config.json").read_text())
-    say_quantised(folder, FP8 if form == "float32" else {**FP8, "scale_fmt": "ue8m0"})
+    form_of_all = {**FP8, "weight_block_size": block}
+    say_quantised(folder, form_of_all if form == "float32" else {**form_of_all, "scale_fmt": "ue8m0"})
+    model: Any = StreamedModel.from_pretrained(folder, show_progress=False)
+    assert len(model._residence._reader._stacks) == (4 if block == (8, 4) else 0)  # those that are put together here
     assert_same_model(folder, tmp_path / "plain")
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_of_eight_bits(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(12).view(24, 128)
+    codes = codes[torch.arange(24)[:, None], torch.randperm(128)]
+    scales = torch.rand(3, 8).to(scale_dtype)
+    stack = torch.zeros(2, 30, 128, dtype=dtype)
+    put_plain(codes.view(torch.float8_e4m3fn), scales, stack[1, 2:26])
+    # Sign, four bits of exponent, three of fraction; below the smallest exponent the fraction alone; no infinity.
+    sign, exponent, fraction = codes // 128, codes // 8 % 16, codes % 8
+    number = torch.where(exponent == 0, fraction / 8 * 2.0**-6, (1 + fraction / 8) * 2.0 ** (exponent.float() - 7))
+    number[(exponent == 15) & (fraction == 7)] = torch.nan
+    blocks = scales.float().repeat_interleave(8, dim=0).repeat_interleave(16, dim=1)
+    expected = ((1 - 2 * sign.float()) * number * blocks).to(dtype)
+    assert torch.equal(stack[1, 2:26].nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert expected.isnan().any()
+    assert not stack[0].any()
+    assert not stack[1, :2].any()
+    assert not stack[1, 26:].any()
 
 
 def test_experts_in_four_bits_among_weights_in_eight(tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tests.streaming.conftest import Open
-from tests.training.conftest import TARGET, make_args
+from tests.training.conftest import TARGET, make_args, with_uoe
 from uoe_peft import UOEConfig, attribute_experts, evaluate_unlearning
 from uoe_peft.attribution.sampling import sample_batches
+from uoe_peft.moe.passes import run_passes
+from uoe_peft.moe.routing import record_routing
 from uoe_peft.moments import measure_moments
 from uoe_peft.streaming import StreamedModel, residence
+from uoe_peft.streaming.reader import PartReader
 from uoe_peft.training import UnlearningTrainer, solve_unlearning
 
 Sets = tuple[Dataset, Dataset]
@@ -159,6 +162,87 @@ def test_solving(opened: Open, resident: PreTrainedModel, tokenizer: Any, sets: 
         for model in (resident, opened())
     )
     assert_same(deltas(found), deltas(expected))
+
+
+def randomise(model: nn.Module, *, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "uoe_" in name:
+                parameter.copy_(torch.randn_like(parameter))
+
+
+@torch.no_grad()
+def swept(model: Any, inputs: list[Tensor]) -> list[Tensor]:
+    passes = [lambda ids=ids: model(input_ids=ids, use_cache=False).logits for ids in inputs]
+    return [logits for logits, _ in run_passes(model, passes)]
+
+
+def test_passes_that_are_run_again_with_another_adapter_begin_at_its_layer(
+    opened: Open, resident: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    whole = PartReader.read
+
+    def counted(self: PartReader, belongs: Any) -> dict[str, Tensor]:
+        found = whole(self, belongs)
+        reads.extend({int(name.split(".")[2]) for name in found if ".layers." in name})
+        return found
+
+    monkeypatch.setattr(PartReader, "read", counted)
+    streamed, whole_model = with_uoe(opened(state_memory=40_000)), with_uoe(resident)
+    inputs, others = [torch.arange(2, 14).view(2, 6), torch.arange(5, 9).view(1, 4)], [torch.arange(9, 16).view(1, 7)]
+    for seed, run, layers in (
+        (0, inputs, [0, 2]),  # the edited layer is there to stay
+        (1, inputs, [2]),
+        (2, others, [0, 2]),
+        (3, inputs, [2]),
+        (4, others, [2]),
+    ):
+        reads.clear()
+        for model in (streamed, whole_model):
+            randomise(model, seed=seed)
+        assert all(map(torch.equal, swept(streamed, run), swept(whole_model, run)))
+        assert reads == layers
+    for model in (streamed, whole_model):
+        model.add_adapter("lower", UOEConfig(target_experts=[(0, 1)]))
+        model.base_model.set_adapter(["default", "lower"])
+        randomise(model, seed=5)
+    assert all(map(torch.equal, swept(streamed, inputs), swept(whole_model, inputs)))
+    reads.clear()
+    base: Any = streamed.unload()
+    assert all(map(torch.equal, swept(base, inputs), swept(whole_model.unload(), inputs)))
+    assert reads == [2]  # both edited layers are there to stay
+
+
+def test_a_layer_below_the_edited_one_is_read_again_where_it_is_asked_for(
+    opened: Open, resident: PreTrainedModel
+) -> None:
+    streamed, inputs = with_uoe(opened()), torch.arange(2, 14).view(2, 6)
+    with torch.no_grad(), record_routing(streamed) as trace:
+        (expected,) = (layer_scores(resident, inputs),)
+        for _ in range(2):
+            passes = [lambda: streamed(input_ids=inputs, use_cache=False).logits]
+            ((_, (found,)),) = run_passes(
+                streamed, passes, layer_indices=[0], read=lambda position, layer_idx: trace[layer_idx].scores.clone()
+            )
+            assert torch.equal(found, expected)
+
+
+def layer_scores(model: Any, inputs: Tensor) -> Tensor:
+    """The router scores of layer 0."""
+    with record_routing(model) as trace:
+        model(input_ids=inputs, use_cache=False)
+        return trace[0].scores.clone()
+
+
+def test_what_enters_the_edited_layer_is_not_kept_without_room(opened: Open, resident: PreTrainedModel) -> None:
+    streamed, whole_model = with_uoe(opened(state_memory=2000)), with_uoe(resident)
+    inputs = [torch.arange(2, 14).view(2, 6), torch.arange(5, 9).view(1, 4)]
+    for seed in range(2):
+        for model in (streamed, whole_model):
+            randomise(model, seed=seed)
+        assert all(map(torch.equal, swept(streamed, inputs), swept(whole_model, inputs)))
 
 
 def test_evaluation_by_likelihood(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from uoe_peft.moe import MoEBlock, find_moe_blocks
 from uoe_peft.moe.segments import find_layers
-from uoe_peft.streaming.memory import experts_per_token, working_bytes
+from uoe_peft.streaming.memory import BLOCK_BYTES, BLOCKS, experts_per_token, interrupted_bytes, working_bytes
 from uoe_peft.streaming.quantisation import without_quantisation
 
 _OPTIMISER_BYTES = 4 + 8  # of a trained weight in float32: its gradient, and AdamW's two moments
@@ -73,6 +73,9 @@ class StreamingPlan:
         attribute_gib: Memory of attribution: a layer while it comes in, hidden states up to 2 GiB, and a batch.
         train_gib: Memory of training: the edited layer stays, too, with what AdamW keeps of its deltas.
         ahead_gib: Memory with which, in either, the next layer is read while one computes.
+        blocks_attribute_gib: Memory of attribution where routed experts are read in blocks, as they are where a whole
+            layer does not fit: the rest of a layer, blocks, and what experts put out, up to 2 GiB, beside the others.
+        blocks_train_gib: Of training, likewise: the edited expert stays, and the rest of its layer.
         states_gib: Hidden states of all tokens; beyond 2 GiB they are in files.
         attribute_seconds: One pass of all rows through all layers.
         train_seconds: RMU in the chosen layer: checks that read the layers two to three times, one pass of all rows
@@ -86,6 +89,8 @@ class StreamingPlan:
     attribute_gib: float
     train_gib: float
     ahead_gib: float
+    blocks_attribute_gib: float
+    blocks_train_gib: float
     states_gib: float
     attribute_seconds: float
     train_seconds: float
@@ -98,6 +103,8 @@ class StreamingPlan:
                 f"model       {self.parameters / 1e9:8.2f} G parameters, {self.checkpoint_gb:.0f} GB on disk",
                 f"memory      {self.attribute_gib:8.1f} GiB to attribute, {self.train_gib:.1f} to train, of which a "
                 f"decoder layer takes {self.layer_gib:.1f}; reading ahead takes {self.ahead_gib:.1f} more",
+                f"or          {self.blocks_attribute_gib:8.1f} GiB to attribute, {self.blocks_train_gib:.1f} to train, "
+                "with experts read in blocks",
                 f"disk        {max(0.0, self.states_gib - 2):8.1f} GiB of hidden states beside the checkpoint",
                 f"attribute   {self.attribute_seconds / 60:8.1f} min, planned, not measured",
                 f"train       {self.train_seconds / 60:8.1f} min with rmu and embed_diff, planned, not measured",
@@ -156,6 +163,12 @@ def plan_streaming(
     peak = largest.parameters * weight_bytes + reading / 3 + min(2 * _GIB, states)
     peak += working_bytes(model, 2 * batch_size * tokens_a_row, weight_bytes)
     block = blocks[chosen]
+    # What experts are read beside: the rest of a layer, or the embedding before it.
+    widest = max(*(layer.parameters - layer.experts for layer in layers), _num_parameters(model.get_input_embeddings()))
+    in_blocks = peak - (largest.parameters - widest) * (weight_bytes + reading / largest.parameters / 3)
+    in_blocks += min(BLOCKS * BLOCK_BYTES, largest.experts * weight_bytes)
+    in_blocks += min(2 * _GIB, interrupted_bytes(model, states // 2))
+    kept_in_blocks = layers[chosen].parameters - layers[chosen].experts * (1 - 1 / block.num_experts)
     trained = _num_parameters(block.experts) // block.num_experts + block.num_experts * block.hidden_size
     # The model from its beginning, from the edited layer on, and again with what is above it left out; see
     # `uoe_peft.moe.exactness`. The longest and the shortest row take part.
@@ -168,6 +181,8 @@ def plan_streaming(
         attribute_gib=peak / _GIB,
         train_gib=(peak + layers[chosen].parameters * weight_bytes + trained * (4 + _OPTIMISER_BYTES)) / _GIB,
         ahead_gib=reading / _GIB,
+        blocks_attribute_gib=in_blocks / _GIB,
+        blocks_train_gib=(in_blocks + kept_in_blocks * weight_bytes + trained * (4 + _OPTIMISER_BYTES)) / _GIB,
         states_gib=states / _GIB,
         attribute_seconds=seconds(layers, tokens),
         train_seconds=checks + seconds(layers[:chosen], tokens) + steps,
@@ -177,9 +192,10 @@ def plan_streaming(
 
 @dataclass(frozen=True)
 class _LayerSize:
-    """A decoder layer: its weights, those that a token is multiplied with, and its bytes on disk."""
+    """A decoder layer: its weights, those of routed experts, those of a token, and its bytes on disk."""
 
     parameters: int
+    experts: int
     active: float
     stored: float
     is_scaled: bool  # stored in numbers whose scales make them as wide as what is computed in
@@ -197,7 +213,7 @@ class _LayerSize:
                 stored = experts * 17 / 32 + 2 * (parameters - experts)  # 32 numbers of 4 bits share 8 bits
             case _:
                 stored = 2.0 * parameters
-        return cls(parameters, parameters - experts * idle, stored, is_scaled=form == "fp8")
+        return cls(parameters, experts, parameters - experts * idle, stored, is_scaled=form == "fp8")
 
 
 def plan_unlearning(

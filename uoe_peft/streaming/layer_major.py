@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, Generic, TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.passes import Pass, Read
 from uoe_peft.moe.segments import LayerState, detached, find_layers, run_from_layer
 from uoe_peft.streaming.loading import Stop
+from uoe_peft.streaming.memory import interrupted_bytes
+from uoe_peft.streaming.on_disk import ExpertsOnDisk, Interrupted
 from uoe_peft.streaming.residence import Residence
-from uoe_peft.streaming.states import States, num_bytes
+from uoe_peft.streaming.states import Entered, States, num_bytes
 
 T = TypeVar("T")
 
@@ -38,6 +40,10 @@ class LayerSweeps(Generic[T]):
         layer_indices: Layers to read.
         read: What to read of them.
         embedded: Where to keep what the token embedding gives.
+        on_disk: Experts that layers come in without.
+        together: Bytes that such experts' outputs may take, for all passes that go through them together.
+        edited: The lowest layer that an adapter edits.
+        entered: Keeps what enters that layer, for the same passes another time.
     """
 
     def __init__(
@@ -49,8 +55,14 @@ class LayerSweeps(Generic[T]):
         layer_indices: Sequence[int],
         read: Read,
         embedded: States,
+        on_disk: Mapping[int, ExpertsOnDisk],
+        together: int,
+        edited: int | None,
+        entered: Entered,
     ) -> None:
         self._model, self._residence, self._passes = model, residence, passes
+        self._on_disk, self._together = on_disk, together
+        self._edited, self._entered = edited, entered
         self._layer_indices, self._read = layer_indices, read
         self._layers = [find_layers(model).get_submodule(name) for name in find_layers(model)._modules]
         # What the token embedding gives, as often as the model's own forward pass asks: some families use it in every
@@ -102,14 +114,23 @@ class LayerSweeps(Generic[T]):
                 handle.remove()
         return digest.hexdigest()
 
-    def run(self, states: States, *, show_progress: bool) -> Iterator[tuple[T, list[Tensor | None]]]:
+    def run(self, states: States, *, key: str, show_progress: bool) -> Iterator[tuple[T, list[Tensor | None]]]:
         """Take all passes through the layers; results in order, as soon as they are there.
+
+        Args:
+            states: Of the passes.
+            key: Names what is computed without an adapter.
+            show_progress: Whether to show a bar.
 
         Raises:
             UnsupportedModelError: A pass ends before a layer that is to be read.
             ValueError: The disk has no room for the states.
         """
         finished, readings = states.finished()
+        before = None if self._edited is None else self._entered.get(key)
+        if before is not None and before[0] <= min([cast(int, self._edited), *self._layer_indices]):
+            finished = before[0] - 1
+            states.begin_from(before[1])
         self._readings = {index: dict(values) for index, values in readings.items()}
         states.check_room(sum(size for _, size in self._sizes))
         num_out = 0
@@ -117,11 +138,13 @@ class LayerSweeps(Generic[T]):
             # Above the last layer there is the head: both stay while all passes go through them.
             is_last = layer_idx == len(self._layers) - 1
             self._residence.drop_all()
+            if layer_idx == self._edited and (entering := states.all_of(len(self._passes))) is not None:
+                self._entered.put(key, layer_idx, entering)
             states.begin(layer_idx)
             with self._residence.holding() if is_last else nullcontext():
-                for position in range(num_out, len(self._passes)):
+                for position, interrupted in self._so_far(layer_idx, range(num_out, len(self._passes)), states):
                     if position not in self._results:
-                        self._through(layer_idx, position, states)
+                        self._through(layer_idx, position, states, interrupted)
                     if position == num_out and position in self._results:
                         yield self._results.pop(position), self._readings_of(position)
                         num_out += 1
@@ -132,7 +155,37 @@ class LayerSweeps(Generic[T]):
             is_all = not num_out and not self._results and len(self._readings) == sum(map(bool, kept.values()))
             states.finish(layer_idx, kept if is_all else None)
 
-    def _through(self, layer_idx: int, position: int, states: States) -> None:
+    def _so_far(
+        self, layer_idx: int, positions: range, states: States
+    ) -> Iterator[tuple[int, AbstractContextManager[None]]]:
+        """Passes, and what they go on from inside a layer whose experts are on disk: these are read for many passes."""
+        experts = self._on_disk.get(layer_idx)
+        for group in [positions] if experts is None else self._groups(positions):
+            noted: dict[int, Interrupted] = {}
+            if experts is not None:
+                for position in group:
+                    if position not in self._results:
+                        with experts.interrupting() as noted[position], self._at(layer_idx, position, states):
+                            _until_stop(self._passes[position])
+                experts.compute(list(noted.values()))
+            for position in group:
+                own = noted.pop(position, None)
+                yield position, nullcontext() if experts is None or own is None else experts.going_on(own)
+
+    def _groups(self, positions: range) -> Iterator[range]:
+        """Passes whose experts' outputs fit into memory together."""
+        start, size = positions.start, 0
+        for position in positions:
+            own = interrupted_bytes(self._model, self._sizes[position][1])
+            if size and size + own > self._together:
+                yield range(start, position)
+                start, size = position, 0
+            size += own
+        yield range(start, positions.stop)
+
+    def _through(
+        self, layer_idx: int, position: int, states: States, interrupted: AbstractContextManager[None]
+    ) -> None:
         """Take a pass through a layer, and read what is to be read of it."""
         layer = self._layers[layer_idx]
         returned: list[LayerState] = []
@@ -142,7 +195,7 @@ class LayerSweeps(Generic[T]):
 
         handle = layer.register_forward_hook(keep)
         try:
-            with self._starting_at(layer_idx, position, states), self._residence.ending_before(layer_idx + 1):
+            with self._at(layer_idx, position, states), interrupted:
                 ended, result = _until_stop(self._passes[position])
         finally:
             handle.remove()
@@ -154,6 +207,12 @@ class LayerSweeps(Generic[T]):
             self._results[position] = result
         else:
             states.put(position, returned[0])
+
+    @contextmanager
+    def _at(self, layer_idx: int, position: int, states: States) -> Iterator[None]:
+        """Inside the context a pass goes through a layer alone."""
+        with self._starting_at(layer_idx, position, states), self._residence.ending_before(layer_idx + 1):
+            yield
 
     @contextmanager
     def _starting_at(self, layer_idx: int, position: int, states: States) -> Iterator[None]:

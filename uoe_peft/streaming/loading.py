@@ -33,6 +33,17 @@ def part_paths(model: PreTrainedModel) -> dict[PartKey, str]:
     return parts
 
 
+def lowest_edited_layer(model: PreTrainedModel) -> int | None:
+    """The lowest layer that an adapter edits, 0 where it edits what comes before; None where there is no adapter."""
+    # PEFT keeps what it wraps in `base_layer`.
+    wrapped = {module for module in model.modules() if "base_layer" in module._modules}
+    if not wrapped:
+        return None
+    inside = {int(name): wrapped & set(layer.modules()) for name, layer in find_layers(model).named_children()}
+    is_elsewhere = len(wrapped) > sum(map(len, inside.values()))
+    return 0 if is_elsewhere else min(layer_idx for layer_idx, own in inside.items() if own)
+
+
 def load_when_called(model: PreTrainedModel, residence: Residence) -> None:
     """Bring layers and other parts in when they are called, and the small rest now.
 

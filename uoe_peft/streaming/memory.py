@@ -11,6 +11,11 @@ from uoe_peft.moe import find_moe_blocks
 
 GIB = 2**30
 
+# Of experts that are read in blocks. A larger block is no faster: reading and computing overlap.
+BLOCK_BYTES = GIB
+# At a time: one that computes, one that is read, and what either is made of.
+BLOCKS = 3
+
 # What a token takes inside a layer beside its experts: norms, queries, keys, values, scores and residuals, in hidden
 # sizes.
 _WIDTHS = 10
@@ -35,6 +40,14 @@ def working_bytes(model: PreTrainedModel, num_tokens: int, itemsize: int) -> int
     # Between its matrices, an expert holds as many numbers for a token as it has rows of hidden size, and one result.
     routed = experts_per_token(model.config, block.num_experts) * (expert // block.hidden_size + 2 * block.hidden_size)
     return num_tokens * (routed + _WIDTHS * block.hidden_size) * itemsize
+
+
+def interrupted_bytes(model: PreTrainedModel, state_bytes: int) -> int:
+    """What passes take that wait inside a layer for its experts, given the size of their hidden states.
+
+    For a token that is what each of its experts puts out, what they are called with, and what came before.
+    """
+    return (experts_per_token(model.config, find_moe_blocks(model)[0].num_experts) + 2) * state_bytes
 
 
 def experts_per_token(config: PreTrainedConfig, num_experts: int) -> int:

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.streaming.checkpoint import Checkpoint
 from uoe_peft.streaming.reader import no_loading_bar
+
+# Numbers; what is larger is no buffer that a model computes for itself.
+_LARGE = 2**24
+
+
+class _NothingLarge(TorchFunctionMode):
+    """Inside the context large tensors without values are on the meta device from the beginning.
+
+    Parameters come to be before they can be moved there, and a stack of experts may take more than all of memory.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            if math.prod(size) > _LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def make_skeleton(config: PreTrainedConfig, dtype: str | torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -31,7 +54,7 @@ def make_skeleton(config: PreTrainedConfig, dtype: str | torch.dtype, *, trust_r
         dtype = named
     # The class that the checkpoint names, which may be a model with towers that AutoModelForCausalLM leaves out.
     named_class = cast(Any, getattr(transformers, (config.architectures or [""])[0], None))
-    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+    with init_empty_weights(include_buffers=False), _NothingLarge(), torch.random.fork_rng(devices=[]):
         if named_class is not None:
             return cast(PreTrainedModel, named_class._from_config(config, dtype=dtype))
         return cast(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,9 @@ from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.streaming.checkpoint import Checkpoint
+
+# Pairs that are looked up at once: they stay in the processor's cache.
+_PIECE = 2**14
 
 
 class _Dequantize(Fp8Dequantize):
@@ -66,6 +70,34 @@ def find_dequantizer(config: PreTrainedConfig, name: str) -> HfQuantizer | None:
     return quantizer
 
 
+def put_plain(weights: Tensor, scales: Tensor, out: Tensor) -> None:
+    """Put a matrix in eight bits into one of plain numbers: bit for bit transformers' `Fp8Dequantize`, in less time.
+
+    Two numbers at a time are looked up in a table of all pairs there are; then each block is multiplied with its scale.
+
+    Args:
+        weights: In float8_e4m3fn. Shape `(rows, columns)`, columns even.
+        scales: One for each block. Shape `(a divisor of rows, a divisor of columns)`.
+        out: Contiguous, on the CPU. Shape `(rows, columns)`.
+    """
+    wide = out if out.dtype == torch.float32 else torch.empty(weights.shape, dtype=torch.float32)
+    pairs = weights.view(torch.uint8).view(torch.uint16).flatten()
+    places = wide.view(torch.int64).flatten()
+    for some, into in zip(pairs.split(_PIECE), places.split(_PIECE), strict=True):
+        torch.index_select(_all_pairs(), 0, some.int(), out=into)
+    (rows, columns), (down, across) = weights.shape, scales.shape
+    wide.view(down, rows // down, across, columns // across).mul_(scales.float()[:, None, :, None])
+    if wide is not out:
+        out.copy_(wide)
+
+
+@cache
+def _all_pairs() -> Tensor:
+    """Two float32 numbers, in one of 64 bits, for each two bytes."""
+    first_and_second = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8)
+    return first_and_second.view(torch.float8_e4m3fn).float().view(torch.int64)
+
+
 def without_quantisation(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of the same model in plain weights."""
     plain = copy.deepcopy(config)
@@ -76,19 +108,26 @@ def without_quantisation(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def plain_headers(skeleton: PreTrainedModel, checkpoint: Checkpoint, quantizer: HfQuantizer) -> dict[str, Tensor]:
-    """What the headers of a quantised checkpoint become in a model, on the meta device.
+    """What the headers of a quantised checkpoint become in a model, on the meta device, in the model's own dtypes.
 
     Raises:
         ValueError: A tensor cannot be made plain, or then has another shape than the model's.
     """
     mapping: Any = get_model_conversion_mapping(skeleton, hf_quantizer=quantizer)
     loading = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=mapping, hf_quantizer=quantizer)
+    dtypes = {name: parameter.dtype for name, parameter in skeleton.named_parameters()}
     info, _ = convert_and_load_state_dict_in_model(skeleton, checkpoint.headers(), loading)
     problems = [*info.conversion_errors.items(), *sorted(info.mismatched_keys)]
     if problems:
         raise ValueError(
             f"tensors of {checkpoint.name} cannot be made plain ({len(problems)} of them); the first: {problems[0]}"
         )
+    # What is not quantised was put in as it is stored.
+    for name, dtype in dtypes.items():
+        path, _, own_name = name.rpartition(".")
+        module = skeleton.get_submodule(path)
+        plain = module.get_parameter(own_name).to(dtype)
+        module._parameters[own_name] = nn.Parameter(plain, requires_grad=False)
     return {name: tensor for name, tensor in skeleton.state_dict().items() if name not in info.missing_keys}
 
 

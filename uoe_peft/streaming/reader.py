@@ -29,7 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from uoe_peft.streaming.checkpoint import Checkpoint
-from uoe_peft.streaming.stacks import Stack, find_stack
+from uoe_peft.streaming.stacks import ExpertSources, SomeExperts, Stack, find_expert_sources, find_stack
 
 # Groups that are larger are converted one after the other, so that not all tensors of a layer are there twice.
 _LARGE = 64 * 2**20
@@ -58,14 +58,13 @@ class PartReader:
         self._names = set(skeleton.state_dict())
         self._sources: dict[str, list[str]] = {}
         self._stacks: dict[str, Stack] = {}
+        self._of_experts: dict[str, ExpertSources] = {}
         converters = [entry for entry in self._mapping() if isinstance(entry, WeightConverter)]
         by_patterns = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         for name, by_pattern in self._grouped(checkpoint.tensors).items():
             self._sources[name] = sources = [source for found in by_pattern.values() for source in found]
             self._narrow(name, {checkpoint.tensors[source].dtype for source in sources}, dtypes)
-            converter = by_patterns.get(next(iter(by_pattern)))
-            if converter is not None and quantizer is None:
-                self._find_stack(name, converter, by_pattern)
+            self._find_stack(name, by_patterns.get(next(iter(by_pattern))), by_pattern)
 
     def read(self, belongs: Callable[[str], bool]) -> dict[str, Tensor]:
         """The parameters and saved buffers whose names belong to a part.
@@ -84,10 +83,41 @@ class PartReader:
         converted = [sources for name, sources in groups.items() if name not in self._stacks]
         # The largest first: while it is put together there is nothing else yet.
         for pack in self._packs(sorted(converted, key=self._num_stored_bytes, reverse=True)):
-            read |= self._converted(pack)
+            with self._checkpoint.slices(pack) as slices:
+                read |= self._converted(slices)
         for name in groups.keys() & self._stacks.keys():
             with self._checkpoint.slices(groups[name]) as slices:
                 read[name] = self._stacks[name].read(slices)
+        return read
+
+    def can_read_experts(self, name: str) -> bool:
+        """Whether it is known what on disk single experts of a stack are made of."""
+        return name in self._of_experts
+
+    def read_experts(self, names: Sequence[str], expert_indices: Sequence[int]) -> dict[str, Tensor]:
+        """Some experts of stacks, as :meth:`read` would read them.
+
+        Args:
+            names: Parameters of which single experts can be read.
+            expert_indices: Which, rising.
+
+        Returns:
+            By name. Shape `(number of experts, ...)` each.
+
+        Raises:
+            ValueError: A shard was cut off since it was opened, or cannot be converted.
+        """
+        read: dict[str, Tensor] = {}
+        for name in names:
+            sources = self._of_experts[name]
+            each = [source for expert_idx in expert_indices for source in sources.of_each[expert_idx]]
+            with self._checkpoint.slices([*each, *sources.of_all]) as slices:
+                if name in self._stacks:
+                    read[name] = self._stacks[name].of(expert_indices).read(slices)
+                    continue
+                some = {source: SomeExperts(slices[source], expert_indices) for source in sources.of_all}
+                with self._of_size(name, len(expert_indices)):
+                    read |= self._converted({**slices, **some})
         return read
 
     def holds(self, name: str) -> bool:
@@ -124,11 +154,21 @@ class PartReader:
                 groups[name][pattern or ""].append(source)
         return groups
 
-    def _find_stack(self, name: str, converter: WeightConverter, by_pattern: Mapping[str, Sequence[str]]) -> None:
-        """Have a parameter put together here, if it is a plain stack of what is on disk."""
-        stack = find_stack(converter, by_pattern, self._checkpoint.tensors, self._model.get_parameter(name))
-        if stack is not None:
-            self._stacks[name] = stack
+    def _find_stack(
+        self, name: str, converter: WeightConverter | None, by_pattern: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Have a parameter put together here, if it is a plain stack of what is on disk; note what experts are of."""
+        tensors, parameter = self._checkpoint.tensors, self._model.state_dict()[name]
+        if parameter.dim() != 3:
+            return
+        if converter is not None:
+            stack = find_stack(converter, by_pattern, tensors, parameter)
+            if stack is not None:
+                self._stacks[name] = stack
+        operations = [] if converter is None else converter.operations
+        sources = find_expert_sources(operations, by_pattern, tensors, len(parameter))
+        if sources is not None:
+            self._of_experts[name] = sources
 
     def _narrow(self, name: str, stored: set[torch.dtype], dtypes: dict[str, torch.dtype]) -> None:
         """Have a parameter read in the type that it is stored in, if that is narrower; conversions cast to its own."""
@@ -160,12 +200,25 @@ class PartReader:
     def _num_stored_bytes(self, sources: Iterable[str]) -> int:
         return sum(self._checkpoint.tensors[source].num_bytes for source in sources)
 
-    def _converted(self, sources: Sequence[str]) -> dict[str, Tensor]:
+    @contextmanager
+    def _of_size(self, name: str, num_experts: int) -> Iterator[None]:
+        """Inside the context the model's stack has so many experts."""
+        path, _, own_name = name.rpartition(".")
+        held = self._model.get_submodule(path)._parameters
+        whole = held[own_name]
+        assert whole is not None
+        held[own_name] = nn.Parameter(whole.new_empty(num_experts, *whole.shape[1:]), requires_grad=False)
+        try:
+            yield
+        finally:
+            held[own_name] = whole
+
+    def _converted(self, slices: Mapping[str, Any]) -> dict[str, Tensor]:
         loading = LoadStateDictConfig(
             device_map={"": "cpu"}, weight_mapping=self._mapping(), hf_quantizer=self._quantizer
         )
-        with self._checkpoint.slices(sources) as slices, no_loading_bar():
-            info, _ = convert_and_load_state_dict_in_model(self._model, slices, loading)
+        with no_loading_bar():
+            info, _ = convert_and_load_state_dict_in_model(self._model, dict(slices), loading)
         if info.conversion_errors or info.mismatched_keys:
             problem = next(iter(info.conversion_errors.values()), None) or sorted(info.mismatched_keys)[0]
             raise ValueError(f"tensors of {self._checkpoint.name} cannot be made those of the model: {problem}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +63,7 @@ class Residence:
         # All reading is done by one thread: the reader is not shared, and what is read ahead comes first.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="uoe-reader")
         self._ahead: tuple[PartKey, Future[dict[str, Tensor]]] | None = None
+        self._left_out: set[str] = set()
         for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
             if tensor.is_meta:
                 path, _, own_name = name.rpartition(".")
@@ -85,6 +86,20 @@ class Residence:
     def here(self) -> frozenset[PartKey]:
         """Parts that are in memory."""
         return frozenset(self._here)
+
+    def leave_out(self, names: set[str]) -> None:
+        """Have parts come in without some parameters from now on: these are someone else's to read."""
+        self._left_out |= names
+        for slots in self._slots.values():
+            slots[:] = [slot for slot in slots if slot.name not in names]
+
+    def can_read_experts(self, name: str) -> bool:
+        """Whether single experts of a stack can be read."""
+        return self._reader.can_read_experts(name)
+
+    def read_experts(self, names: Iterable[str], expert_indices: Sequence[int]) -> Future[dict[str, Tensor]]:
+        """Some experts of stacks, as they are stored, once what is being read is there."""
+        return self._thread.submit(self._reader.read_experts, list(names), expert_indices)
 
     def num_bytes(self, key: PartKey) -> int:
         """Memory that a part takes."""
@@ -178,7 +193,9 @@ class Residence:
 
     def _read_part(self, key: PartKey) -> dict[str, Tensor]:
         names = {slot.name for slot in self._slots[key]}
-        return self._reader.read(lambda name: name in names or self._part_of(name) == key)
+        return self._reader.read(
+            lambda name: name in names or (name not in self._left_out and self._part_of(name) == key)
+        )
 
     def _part_of(self, name: str) -> PartKey:
         """The part that a parameter is in: the innermost one."""

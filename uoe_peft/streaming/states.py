@@ -45,6 +45,15 @@ class States:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
+    def all_of(self, num_passes: int) -> dict[int, LayerState] | None:
+        """The states of all passes; None where some are not in memory."""
+        return dict(self._memory) if len(self._memory) == num_passes and self._folder is None else None
+
+    def begin_from(self, states: dict[int, LayerState]) -> None:
+        """Have states in memory that were there before."""
+        self._memory = dict(states)
+        self._in_memory = sum(map(num_bytes, states.values()))
+
     def check_room(self, num_bytes: int) -> None:
         """Whether the disk has room for states of a size.
 
@@ -149,6 +158,35 @@ class States:
         if self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="uoe-states-", ignore_cleanup_errors=True)
         return Path(self._temporary.name)
+
+
+class Entered:
+    """What entered the lowest edited layer, of passes that are run again when its adapter has changed.
+
+    Args:
+        limit: Bytes of memory; what was put in first makes room.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._kept: dict[str, tuple[int, dict[int, LayerState]]] = {}
+
+    def put(self, key: str, layer_idx: int, states: dict[int, LayerState]) -> None:
+        """Keep what entered a layer, if there is room; the key names what is computed below it."""
+        self._kept[key] = layer_idx, states
+        while self._num_bytes() > self._limit:
+            del self._kept[next(iter(self._kept))]
+
+    def get(self, key: str) -> tuple[int, dict[int, LayerState]] | None:
+        """The layer, and what entered it; None if that is not known."""
+        return self._kept.get(key)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._kept.clear()
+
+    def _num_bytes(self) -> int:
+        return sum(num_bytes(state) for _, states in self._kept.values() for state in states.values())
 
 
 def check_folder(folder: Path) -> None:
