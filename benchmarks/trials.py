@@ -10,9 +10,9 @@ others are asked; of the retain rows half are trained on and others asked. A thi
 the rest is reported.
 
 Scores are ROUGE-L recall of greedy answers. "Relearned": greatest forget score after 6, 12, 18 and 24 steps of all
-weights on the rows for that. "One silent": greatest forget score with one of the edited experts silent, whichever it
-is; "all silent": with all of them (of models without an edited expert: with that of one expert's trials). "Old
-weights": the edited experts as they were, beside the trained routers.
+weights on the rows for that; `--relearn_rate` and `--relearn_steps` attack harder. "One silent": greatest forget score
+with one of the edited experts silent, whichever it is; "all silent": with all of them (of models without an edited
+expert: with that of one expert's trials). "Old weights": the edited experts as they were, beside the trained routers.
 
 Of several rates the one counts whose run with seed 0 relearns least on the validation rows, among those that keep 0.90
 of the base's retain score there; where none does, the one that keeps most. Further seeds take that rate alone. Runs are
@@ -151,6 +151,8 @@ class TrialsArguments:
     trials: list[str] = field(default_factory=lambda: list(TRIALS), metadata={"help": "Names in `TRIALS`."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of training."})
     steps: int = field(default=200, metadata={"help": "Of every training."})
+    relearn_rate: float = field(default=2e-4, metadata={"help": "Of the attack that is scored."})
+    relearn_steps: int = field(default=24, metadata={"help": "Of the attack; scored after each quarter of them."})
     minutes: float = field(default=60.0, metadata={"help": "No run begins after this."})
 
 
@@ -166,7 +168,7 @@ def main() -> None:
     runs = Runs(args.output_dir, minutes=args.minutes)
     ground = None
     for key in runs.missing(planned(args, runs)):
-        ground = ground or Ground(args.ground)
+        ground = ground or Ground(args.ground, relearn_rate=args.relearn_rate, relearn_steps=args.relearn_steps)
         name, rate, seed = key.values()
         scores = ground.reference(name) if name in REFERENCES else ground.unlearn(TRIALS[name], rate, seed, args.steps)
         runs.keep({**key, **scores})
@@ -196,7 +198,8 @@ def chosen_rate(name: str, runs: list[Run]) -> float:
 class Ground:
     """A base model, its twin, and rows: what is trained on, relearned and asked."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, relearn_rate: float = 2e-4, relearn_steps: int = 24) -> None:
+        self.attack = {"learning_rate": relearn_rate, "steps": [relearn_steps * part // 4 for part in (1, 2, 3, 4)]}
         self.models: dict[str, Any] = {name: folder / name if folder else checkpoint_path(name) for name in REFERENCES}
         self.tokenizer = AutoTokenizer.from_pretrained(self.models["base"])
         if folder:
@@ -277,8 +280,8 @@ class Ground:
             self.learned_again,
             processing_class=self.tokenizer,
             score=forget,
-            steps=(6, 12, 18, 24),
             before=before,
+            **self.attack,
         ).after
         silent = [silenced_expert(model, score=forget, experts=[pair], before=before).after for pair in experts]
         all_silent = silenced_expert(model, score=forget, experts=experts, before=before).after
