@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.families import build, randomise
 from tests.training.conftest import make_model, make_sets, make_tokenizer
 from uoe_peft.moe import find_moe_blocks
 from uoe_peft.streaming import StreamedModel, on_disk
+from uoe_peft.streaming.reader import PartReader
 
 Open = Callable[..., Any]
 SaveFamily = Callable[[str], tuple[Path, Any]]
@@ -79,3 +81,17 @@ def open_in_blocks(folder: Path, *, experts_a_block: int = 2, **options: Any) ->
         model: Any = StreamedModel.from_pretrained(folder, layer_memory=limit, **options)
     assert model._on_disk
     return model
+
+
+def layers_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which each decoder layer is added whenever it is read from now on."""
+    reads: list[int] = []
+    whole = PartReader.read
+
+    def counted(self: PartReader, belongs: Any) -> dict[str, Tensor]:
+        found = whole(self, belongs)
+        reads.extend({int(name.split(".")[2]) for name in found if ".layers." in name})
+        return found
+
+    monkeypatch.setattr(PartReader, "read", counted)
+    return reads

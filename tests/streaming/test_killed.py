@@ -6,16 +6,13 @@ import multiprocessing
 import signal
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.streaming import killed_run
-from tests.streaming.conftest import Open
-from uoe_peft.streaming.reader import PartReader
+from tests.streaming.conftest import Open, layers_read
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +45,7 @@ def test_killed_and_started_again(
     process.join(timeout=300)
     assert process.exitcode == -signal.SIGKILL
     assert list(states.rglob("*.pt")), "it died before it wrote anything"
-    reads: list[int] = []
-    whole = PartReader.read
-
-    def counted(self: PartReader, belongs: Any) -> dict[str, Tensor]:
-        found = whole(self, belongs)
-        reads.extend({int(name.split(".")[2]) for name in found if ".layers." in name})
-        return found
-
-    monkeypatch.setattr(PartReader, "read", counted)
+    reads = layers_read(monkeypatch)
     again = killed_run.attribute(opened(state_dir=states))
     assert reads == list(range(goes_on_at, 3))
     assert torch.equal(again.affinity, killed_run.attribute(resident).affinity)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.streaming.conftest import Open
+from tests.streaming.conftest import Open, layers_read
 from tests.training.conftest import TARGET, make_args, with_uoe
 from uoe_peft import UOEConfig, attribute_experts, evaluate_unlearning
 from uoe_peft.attribution.sampling import sample_batches
@@ -20,7 +20,6 @@ from uoe_peft.moe.passes import run_passes
 from uoe_peft.moe.routing import record_routing
 from uoe_peft.moments import measure_moments
 from uoe_peft.streaming import StreamedModel, residence
-from uoe_peft.streaming.reader import PartReader
 from uoe_peft.training import UnlearningTrainer, solve_unlearning
 
 Sets = tuple[Dataset, Dataset]
@@ -181,15 +180,7 @@ def swept(model: Any, inputs: list[Tensor]) -> list[Tensor]:
 def test_passes_that_are_run_again_with_another_adapter_begin_at_its_layer(
     opened: Open, resident: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads: list[int] = []
-    whole = PartReader.read
-
-    def counted(self: PartReader, belongs: Any) -> dict[str, Tensor]:
-        found = whole(self, belongs)
-        reads.extend({int(name.split(".")[2]) for name in found if ".layers." in name})
-        return found
-
-    monkeypatch.setattr(PartReader, "read", counted)
+    reads = layers_read(monkeypatch)
     streamed, whole_model = with_uoe(opened(state_memory=40_000)), with_uoe(resident)
     inputs, others = [torch.arange(2, 14).view(2, 6), torch.arange(5, 9).view(1, 4)], [torch.arange(9, 16).view(1, 7)]
     for seed, run, layers in (
