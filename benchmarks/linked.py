@@ -8,7 +8,8 @@ for each request a twin learns the same but for what is requested: a contract of
 one far out ("rim edge"), or all contracts of the busiest company ("hub node"). Unlearning is the demo's: NPO with
 refusals and 8 times the retain loss, 200 steps, rates as in `card.py`. Training to keep reads a half of each kept
 edge's facts; the other halves are asked, by how many edges away they are from what is forgotten. `--kept far`: it reads
-none that a path leads to, as where nobody thought of the neighbours.
+none that a path leads to, as where nobody thought of the neighbours. `--kept "hidden states"`: it reads the same rows,
+and keeps hidden states after the last layer (`relative_embed_diff`, weight 100) in the place of answers.
 
 Scores are ROUGE-L recall of greedy answers. Models stay in `output_dir`, runs are appended to `runs.jsonl`, and neither
 is made twice; `--minutes 0` prints the tables.
@@ -20,7 +21,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -44,6 +45,7 @@ from uoe_peft.evaluation.generation import greedy_answers
 from uoe_peft.evaluation.metrics import rouge_l_recall
 
 PARTS = tuple(RATES)  # "one expert", "2 of each layer", "LoRA", "all parameters"
+HIDDEN = {"retain_loss": "relative_embed_diff", "rmu_layer": -1, "retain_weight": 100.0}
 GROUPS = ("forgotten", "1 edge away", "2 edges away", "3 or more", "no path", "other domain")
 Row = Mapping[str, Any]
 
@@ -55,7 +57,7 @@ class LinkedArguments:
     output_dir: Path = field(default=Path("outputs/linked"), metadata={"help": "Where models and runs go."})
     requests: list[str] = field(default_factory=lambda: [*get_args(Request)], metadata={"help": "What is forgotten."})
     parts: list[str] = field(default_factory=lambda: [*PARTS], metadata={"help": "What is trained."})
-    kept: list[str] = field(default_factory=lambda: ["all"], metadata={"help": "What training keeps: all, far."})
+    kept: list[str] = field(default_factory=lambda: ["all"], metadata={"help": "What training keeps: all, far, hidden states."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of graphs, facts and all training."})
     epochs: int = field(default=40, metadata={"help": "Passes over the facts."})
     minutes: float = field(default=60.0, metadata={"help": "No run begins after this; start again to go on."})
@@ -73,7 +75,7 @@ def main() -> None:
     for key in runs.missing(dict(zip(names, run, strict=True)) for run in wanted(args)):
         seed, request, kept, part = (key[name] for name in names)
         ground = grounds.setdefault(seed, LinkedGround(args.output_dir / str(seed), seed=seed, epochs=args.epochs))
-        runs.keep(key | ground.run(request, part, far=kept == "far"))
+        runs.keep(key | ground.run(request, part, kept))
     print("\n\n".join(tables(runs)))
 
 
@@ -83,7 +85,7 @@ def wanted(args: LinkedArguments) -> Iterator[tuple[int, Any, str, str]]:
     Raises:
         ValueError: A word is none of those that an option takes.
     """
-    known = {"requests": get_args(Request), "parts": PARTS, "kept": ("all", "far")}
+    known = {"requests": get_args(Request), "parts": PARTS, "kept": ("all", "far", "hidden states")}
     for name, words in known.items():
         if unknown := sorted(set(getattr(args, name)) - set(words)):
             raise ValueError(f"--{name} takes {list(words)}, got {unknown}")
@@ -145,21 +147,22 @@ class LinkedGround:
         away = hops(self.graph, requested(self.graph, request))[tuple(row["edge"])]
         return "no path" if away is None else GROUPS[min(away, 3)]
 
-    def run(self, request: Request, part: str, *, far: bool) -> dict[str, Any]:
+    def run(self, request: Request, part: str, kept: str) -> dict[str, Any]:
         """Scores by group, and the seconds of the CPU that training took."""
         if part in ("base", "retrained"):
             return {"scores": self.scores(self.load(None if part == "base" else request), request)}
-        forget, kept = self.split(request)
-        read = [row for row in kept if in_training(row)]
-        if far:
+        forget, others = self.split(request)
+        read = [row for row in others if in_training(row)]
+        if kept == "far":
             read = [row for row in read if self.group(row, request) in GROUPS[-2:]]
         set_seed(self.seed)
         base = self.load(None)
         adapter = self.adapter(part, base, forget, read)
         with tempfile.TemporaryDirectory() as folder:
+            args = training_arguments(Path(folder), rate=RATES[part], seed=self.seed, calibrate=False)
             trainer = UnlearningTrainer(
                 model=base,
-                args=training_arguments(Path(folder), rate=RATES[part], seed=self.seed, calibrate=False),
+                args=replace(args, **HIDDEN) if kept == "hidden states" else args,
                 train_dataset=as_set(forget),
                 retain_dataset=as_set(read),
                 processing_class=self.tokenizer,

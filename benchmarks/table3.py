@@ -42,6 +42,7 @@ from transformers import HfArgumentParser, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from uoe_peft import ExpertAttribution, UnlearningConfig, UnlearningTrainer, UOEConfig
+from uoe_peft.training.choices import HIDDEN_RETAIN_LOSSES
 
 
 def main() -> None:
@@ -251,8 +252,8 @@ def training_arguments(ground: Ground, *, loss: str, part: str, rate: float, see
     args, own = ground.args, dict(LOSSES[loss])
     if loss == "RMU" and part in ("all", "LoRA", "ESFT"):  # the others are steered where they are edited
         own["rmu_layer"] = ground.attributions["contrast"].top(1)[0][0]
-    elif own["forget_loss"] != "rmu" and own["retain_loss"] == "embed_diff":
-        own["rmu_layer"] = ground.attributions["gate"].layer_indices[-1]
+    elif own["forget_loss"] != "rmu" and own["retain_loss"] in HIDDEN_RETAIN_LOSSES:
+        own["rmu_layer"] = -1
     return UnlearningConfig(
         output_dir=str(args.output_dir / "training"),
         learning_rate=rate,

@@ -11,7 +11,12 @@ NPO = {"forget_loss": "npo", "beta": 0.05, "retain_loss": "nll", "retain_weight"
 LOSSES: dict[str, dict[str, Any]] = {
     "NPO + refusals": {**NPO, "alternative_weight": 1.0},
     # What is kept, by the last layer's hidden states.
-    "NPO, hidden": {**NPO, "alternative_weight": 1.0, "retain_loss": "embed_diff", "retain_weight": 3.0},
+    "NPO, hidden": {
+        **NPO,
+        "alternative_weight": 1.0,
+        "retain_loss": "relative_embed_diff",
+        "retain_weight": 100.0,
+    },
     "NPO": NPO,
     "GDiff": {"forget_loss": "grad_ascent", "retain_loss": "nll"},
     "RMU": {"forget_loss": "rmu", "retain_loss": "embed_diff", "retain_weight": 30.0},

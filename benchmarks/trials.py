@@ -52,12 +52,20 @@ HALVES = ("validation", "test")
 COLUMNS = ("forget", "retain", "relearned", "one silent", "all silent", "old weights")
 KEPT = 0.90  # share of the base's retain score
 KEEPING = (0.3, 1, 3, 10, 30)
+SHARES = (10, 30, 100, 300, 1000)  # weights of hidden states kept as shares of their norms
 HIDDEN = {**NPO, "retain_loss": "embed_diff", "rmu_layer": 3}  # after the last layer
 ALL_LOSSES: dict[str, tuple[dict[str, Any], float]] = {
     **LOSSES,
     "NPO, twice the retain weight": ({**NPO, "retain_weight": 16.0}, 1.0),
     "RMU, beta 20": ({**RMU, "beta": 20.0}, 1.0),
     **{f"NPO, hidden states kept {weight}": ({**HIDDEN, "retain_weight": weight}, 1.0) for weight in KEEPING},
+    **{
+        f"NPO, shares of hidden states kept {weight}": (
+            {**HIDDEN, "retain_loss": "relative_embed_diff", "retain_weight": weight},
+            1.0,
+        )
+        for weight in SHARES
+    },
     "refusals": ({"forget_loss": "idk", "retain_weight": NPO["retain_weight"]}, 1.0),
 }
 Scores = dict[str, float]
@@ -121,6 +129,12 @@ TRIALS: dict[str, Trial] = {
         f"NPO, hidden {weight}: {part}": trial(part, (f"NPO, hidden states kept {weight}",))
         for part in PARTS
         for weight in KEEPING
+    },
+    **{
+        f"NPO, share {weight}: {part}{end}": trial(part, (f"NPO, shares of hidden states kept {weight}",), own)
+        for part in PARTS
+        for weight in SHARES
+        for end, own in (("", None), (", relearner", RELEARNED))
     },
     # The expert as it begins.
     **{f"NPO: {part}, from others": trial(part, start="others") for part in ("1", "1 of layer 0", "8")},

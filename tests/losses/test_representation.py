@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from uoe_peft.losses import adaptive_coefficient, control_direction, embed_diff_loss, rmu_loss
+from uoe_peft.losses import (
+    adaptive_coefficient,
+    control_direction,
+    embed_diff_loss,
+    relative_embed_diff_loss,
+    rmu_loss,
+)
 
 HIDDEN = torch.tensor([[1.0, 2.0, 0.0], [0.0, -1.0, 3.0]], dtype=torch.float64)
 DIRECTION = torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64)
@@ -51,10 +57,33 @@ def test_embed_diff_by_hand():
     assert embed_diff_loss(HIDDEN, HIDDEN.flip(0)).item() == pytest.approx((1 + 9 + 9) / 3)
 
 
+def test_relative_embed_diff_by_hand():
+    # Squared distances 1 + 9 + 9 of both tokens, squared norms 1 + 9 and 1 + 4.
+    assert relative_embed_diff_loss(HIDDEN, HIDDEN) == 0
+    assert relative_embed_diff_loss(HIDDEN, HIDDEN.flip(0)).item() == pytest.approx((19 / 10 + 19 / 5) / 2)
+    assert relative_embed_diff_loss(HIDDEN, HIDDEN.flip(0), denominator=7.0).item() == pytest.approx(5.7 / 7)
+    assert relative_embed_diff_loss(torch.zeros_like(HIDDEN), HIDDEN).item() == pytest.approx(1)
+
+
+def test_relative_embed_diff_does_not_depend_on_the_scale_of_hidden_states():
+    moved = HIDDEN + torch.tensor([[0.3, 0.0, -0.1], [0.2, 0.5, 0.0]])
+    expected = relative_embed_diff_loss(moved, HIDDEN)
+    torch.testing.assert_close(relative_embed_diff_loss(1000 * moved, 1000 * HIDDEN), expected)
+    assert relative_embed_diff_loss((300 * moved).half(), (300 * HIDDEN).half()).item() == pytest.approx(
+        expected.item(), rel=1e-2
+    )
+
+
+def test_relative_embed_diff_of_a_token_without_a_norm_is_finite_where_it_stays():
+    ref_hidden = HIDDEN * torch.tensor([[1.0], [0.0]])
+    assert relative_embed_diff_loss(ref_hidden.clone(), ref_hidden) == 0
+
+
 def test_gradients():
     hidden = HIDDEN.clone().requires_grad_()
     assert gradcheck(lambda h: rmu_loss(h, DIRECTION, coefficient=3.0), (hidden,))
     assert gradcheck(lambda h: embed_diff_loss(h, HIDDEN.flip(0)), (hidden,))
+    assert gradcheck(lambda h: relative_embed_diff_loss(h, HIDDEN.flip(0)), (hidden,))
 
 
 def test_bad_arguments_are_refused():
@@ -68,6 +97,8 @@ def test_bad_arguments_are_refused():
     for hidden, ref_hidden in ((HIDDEN, HIDDEN[:1]), (HIDDEN[:1], HIDDEN)):
         with pytest.raises(ValueError, match="same tokens"):
             embed_diff_loss(hidden, ref_hidden)
+        with pytest.raises(ValueError, match="same tokens"):
+            relative_embed_diff_loss(hidden, ref_hidden)
 
 
 def test_a_denominator_divides_the_sum_over_tokens() -> None:

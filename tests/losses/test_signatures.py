@@ -23,6 +23,7 @@ OPTIONS = {
     "nll_loss": {"weights": None, "denominator": None},
     "npo_loss": {"beta": 0.1, "denominator": None},
     "random_labels": {"vocab_size": inspect.Parameter.empty, "seeds": inspect.Parameter.empty},
+    "relative_embed_diff_loss": {"denominator": None},
     "rmu_loss": {"coefficient": inspect.Parameter.empty, "denominator": None},
     "satimp_loss": {"beta1": 5.0, "beta2": 1.0, "denominator": None},
     "sequence_nll": {"num_examples": inspect.Parameter.empty, "reduction": "sum"},

@@ -33,7 +33,10 @@ def test_both_names_of_checkpointing_work(name):
     ("options", "message"),
     [
         ({"forget_loss": "forget"}, r"forget_loss must be one of \['grad_ascent', 'npo'.*got 'forget'"),
-        ({"retain_loss": "l2"}, r"retain_loss must be one of \['none', 'nll', 'kl', 'embed_diff'\], got 'l2'"),
+        (
+            {"retain_loss": "l2"},
+            r"retain_loss must be one of \['none', 'nll', 'kl', 'embed_diff', 'relative_embed_diff'\], got 'l2'",
+        ),
         ({"anchor_scores": "gate"}, r"anchor_scores must be one of \['softmax', 'topk'\]"),
         ({"attribution_score": "best"}, "attribution_score must be one of"),
         ({"anchor_weight": -1}, "anchor_weight must be >= 0, got -1"),

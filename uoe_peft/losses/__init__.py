@@ -23,6 +23,7 @@ from uoe_peft.losses.representation import (
     adaptive_coefficient,
     control_direction,
     embed_diff_loss,
+    relative_embed_diff_loss,
     rmu_loss,
 )
 from uoe_peft.losses.retain import kl_loss, nll_loss, trace_weights
@@ -45,6 +46,7 @@ __all__ = [
     "nll_loss",
     "npo_loss",
     "random_labels",
+    "relative_embed_diff_loss",
     "rmu_loss",
     "satimp_loss",
     "sequence_nll",

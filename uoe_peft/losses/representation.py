@@ -96,12 +96,41 @@ def embed_diff_loss(hidden: Tensor, ref_hidden: Tensor, *, denominator: Tensor |
     Raises:
         ValueError: The shapes differ.
     """
+    return mean(_distance(hidden, _same_tokens(hidden, ref_hidden)), denominator)
+
+
+def relative_embed_diff_loss(
+    hidden: Tensor, ref_hidden: Tensor, *, denominator: Tensor | float | None = None
+) -> Tensor:
+    """RMU's retain term in units of each token's own norm.
+
+    `mean_t ||h_t - h_ref_t||^2 / ||h_ref_t||^2`: to `embed_diff_loss` what the adaptive coefficient
+    (https://arxiv.org/abs/2408.06223) is to RMU's. Norms differ a hundredfold from model to model, from layer to layer,
+    and from an attention sink to the next token; what reads a hidden state divides by its norm first.
+
+    Args:
+        hidden: Hidden states of retain tokens after the chosen layer. Shape `(N, H)`.
+        ref_hidden: The same under the base model, without gradient. Shape `(N, H)`.
+        denominator: See `mean`.
+
+    Returns:
+        Scalar, not negative, without unit; 0 while the model equals the base model, 1 where all hidden states are 0.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    target = _same_tokens(hidden, ref_hidden)
+    size = _distance(target, torch.zeros_like(target)).clamp(min=torch.finfo(torch.float32).tiny)
+    return mean(_distance(hidden, target) / size, denominator)
+
+
+def _same_tokens(hidden: Tensor, ref_hidden: Tensor) -> Tensor:
     if hidden.shape != ref_hidden.shape:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}, ref_hidden {tuple(ref_hidden.shape)}; they "
             "must be of the same tokens"
         )
-    return mean(_distance(hidden, ref_hidden.detach().to(hidden.device)), denominator)
+    return ref_hidden.detach().to(hidden.device)
 
 
 def _distance(hidden: Tensor, target: Tensor) -> Tensor:

@@ -19,10 +19,13 @@ ForgetLoss = Literal[
     "random_label",
     "adversarial_label",
 ]
-RetainLoss = Literal["none", "nll", "kl", "embed_diff"]
+RetainLoss = Literal["none", "nll", "kl", "embed_diff", "relative_embed_diff"]
 ReferenceKind = Literal["base", "current"]
 """The model without any adapter, or without those that are trained."""
 SophiaEstimator = Literal["squared_gradient", "gauss_newton_bartlett", "hutchinson"]
+
+HIDDEN_RETAIN_LOSSES = ("embed_diff", "relative_embed_diff")
+"""Those that compare hidden states with the reference's."""
 
 CHOICES = {
     "forget_loss": get_args(ForgetLoss),

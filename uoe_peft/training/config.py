@@ -29,7 +29,8 @@ class UnlearningConfig(OptimiserOptions, StrengthOptions, SFTConfig):
             "undial", "wga", "satimp", "random_label" or "adversarial_label". The two with other answers to the forget
             questions are those of TOFU: "idk" is the cross-entropy of the other answer alone, "dpo" prefers it to the
             forget answer, with the base model as reference and the factor 2 / beta of "npo".
-        retain_loss: "none", "nll", "kl" or "embed_diff" (RMU's). All but "none" need a retain set.
+        retain_loss: "none", "nll", "kl", "embed_diff" (RMU's) or "relative_embed_diff", the same as a share of each
+            hidden state's squared norm: its weight means the same in any layer. All but "none" need a retain set.
         forget_weight: Weight of the forget loss, >= 0.
         retain_weight: Weight of the retain loss, >= 0.
         alternative_weight: Weight of the cross-entropy on alternative answers beside any forget loss, >= 0: the forget
@@ -48,12 +49,12 @@ class UnlearningConfig(OptimiserOptions, StrengthOptions, SFTConfig):
         simnpo_delta: Margin of "simnpo", in nats per token.
         satimp_beta1: Exponent of the probability in "satimp".
         satimp_beta2: Exponent of one minus the probability.
-        reference: What "npo", "dpo", "undial", adaptive "rmu", "kl" and "embed_diff" compare the model with. "current":
-            the model as it was given, without the adapter that is trained: adapters that are active but frozen, of
-            earlier requests, stay on. "base": without any adapter. With one adapter both are the base model.
-        rmu_layer: Decoder layer whose output "rmu" and "embed_diff" read; -1 is the model's last. None: the last layer
-            that the UOE adapter edits. Their passes end there; accuracy and likelihood, which need the whole model, are
-            measured at the steps that are logged (every tenth, where the log has one entry an epoch).
+        reference: What "npo", "dpo", "undial", adaptive "rmu", "kl" and both "embed_diff" compare the model with.
+            "current": the model as it was given, without the adapter that is trained: adapters that are active but
+            frozen, of earlier requests, stay on. "base": without any adapter. With one adapter both are the base model.
+        rmu_layer: Decoder layer whose output "rmu" and both "embed_diff" read; -1 is the model's last. None: the last
+            layer that the UOE adapter edits. Their passes end there; accuracy and likelihood, which need the whole
+            model, are measured at the steps that are logged (every tenth, where the log has one entry an epoch).
         rmu_coefficient: Steering coefficient c of "rmu": 2 to 6.5 in shallow layers, thousands in deep ones. None:
             adaptive, `beta` times the norm of each token's hidden state under the base model.
         rmu_seed: Seed of the direction that "rmu" steers to.
@@ -74,8 +75,8 @@ class UnlearningConfig(OptimiserOptions, StrengthOptions, SFTConfig):
             gives the same results; otherwise training says why and runs the whole model. True: raise instead. False:
             never. Results equal those of the whole model to the rounding of its dtype.
         prefix_cache_dir: Where the cache is kept for later runs on the same model and rows, and beside it what the base
-            model says of them: likelihoods ("npo", "dpo") and hidden states (adaptive "rmu", "embed_diff"). It is found
-            by what it depends on, all weights of the reference included. None: a temporary folder that is removed
+            model says of them: likelihoods ("npo", "dpo") and hidden states (adaptive "rmu", both "embed_diff"). It is
+            found by what it depends on, all weights of the reference included. None: a temporary folder that is removed
             after training. With several processes the first of each machine fills it, and the others
             wait for it, at most `ddp_timeout`.
         offload_prefix: Take the layers below the lowest edited one off the device during training, so that a model
@@ -125,7 +126,9 @@ class UnlearningConfig(OptimiserOptions, StrengthOptions, SFTConfig):
     reference: ReferenceKind = field(
         default="current", metadata={"help": "What losses compare with: active frozen adapters on, or none."}
     )
-    rmu_layer: int | None = field(default=None, metadata={"help": "Layer that rmu and embed_diff read; -1: the last."})
+    rmu_layer: int | None = field(
+        default=None, metadata={"help": "Layer that rmu and both embed_diff read; -1: the last."}
+    )
     rmu_coefficient: float | None = field(default=None, metadata={"help": "c of rmu; None: adaptive."})
     rmu_seed: int = field(default=0, metadata={"help": "Seed of rmu's direction."})
     retain_token_weights: Literal["none", "trace"] = field(

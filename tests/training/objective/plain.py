@@ -195,6 +195,11 @@ class Objective:
             case "embed_diff":
                 moved = torch.cat([x.hidden - y.hidden for x, y in zip(kept, were, strict=True)])
                 return (moved**2).mean(-1).mean()
+            case "relative_embed_diff":
+                pairs = [
+                    (h, r) for x, y in zip(kept, were, strict=True) for h, r in zip(x.hidden, y.hidden, strict=True)
+                ]
+                return torch.stack([((h - r) ** 2).sum() / (r**2).sum() for h, r in pairs]).mean()
         raise AssertionError(self.retain_loss)
 
     def token_weights(self, now: list[list[Example]], kept: list[list[Example]]) -> Tensor:

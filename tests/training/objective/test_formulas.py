@@ -68,6 +68,10 @@ CASES = {
         {"retain_loss": "embed_diff", "rmu_layer": -1, "forget_loss": "grad_ascent"},
         Objective(retain_loss="embed_diff", layer=2),
     ),
+    "relative_embed_diff": (
+        {"retain_loss": "relative_embed_diff", "rmu_layer": -1, "forget_loss": "grad_ascent"},
+        Objective(retain_loss="relative_embed_diff", layer=2),
+    ),
     "trace": (
         {"retain_token_weights": "trace", "trace_cap": 1.2, "forget_loss": "grad_ascent"},
         Objective(options={"cap": 1.2}, targets={0: [1, 4], 1: [2]}),

@@ -21,6 +21,7 @@ NEEDS = [
     ({"forget_loss": "rmu", "rmu_coefficient": 4.0}, {}, {}, {}, {}),
     ({"forget_loss": "wga", "retain_loss": "embed_diff"}, {}, {}, {"retain": "hidden"}, {"retain": "hidden"}),
     ({"forget_loss": "wga", "retain_loss": "embed_diff", "retain_weight": 0}, {}, {}, {}, {}),
+    ({"forget_loss": "wga", "retain_loss": "relative_embed_diff"}, {}, {}, {"retain": "hidden"}, {"retain": "hidden"}),
 ]
 
 
@@ -40,11 +41,11 @@ def test_the_base_is_asked_beforehand_where_that_saves_a_pass(options, once, aga
 
 
 @pytest.mark.parametrize("forget_loss", ["npo", "rmu", "wga"])
-@pytest.mark.parametrize("retain_loss", ["embed_diff", "kl", "nll", "none"])
+@pytest.mark.parametrize("retain_loss", ["embed_diff", "relative_embed_diff", "kl", "nll", "none"])
 def test_hidden_states_are_kept_for_losses_that_read_them(forget_loss, retain_loss):
     found = objective(forget_loss=forget_loss, retain_loss=retain_loss)
     assert found.forget_layer == (3 if forget_loss == "rmu" else None)
-    assert found.retain_layer == (3 if retain_loss == "embed_diff" else None)
+    assert found.retain_layer == (3 if "embed_diff" in retain_loss else None)
 
 
 @pytest.mark.parametrize(("hidden", "direction"), [(None, torch.ones(4)), (torch.ones(3, 4), None)])

@@ -186,7 +186,7 @@ def test_both_come_back_after_an_error(two_requests):
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize("loss", ["npo", "dpo", "undial", "kl", "embed_diff"])
+@pytest.mark.parametrize("loss", ["npo", "dpo", "undial", "kl", "embed_diff", "relative_embed_diff"])
 def test_losses_compare_with_the_first_request(two_requests, make_trainer, loss, prefix_cache):
     """Switched off, the second adapter equals the reference: what compares with it is then at its least."""
     model, _ = two_requests
@@ -194,7 +194,7 @@ def test_losses_compare_with_the_first_request(two_requests, make_trainer, loss,
         for name, parameter in model.named_parameters():
             if ".second." in name:
                 parameter.zero_()
-    name = "retain_loss" if loss in ("kl", "embed_diff") else "forget_loss"
+    name = "retain_loss" if loss in ("kl", "embed_diff", "relative_embed_diff") else "forget_loss"
     options = {"max_steps": 4, "logging_steps": 1, "prefix_cache": prefix_cache, "learning_rate": 0.0, name: loss}
     logs = {}
     for reference in ("current", "base"):

@@ -162,7 +162,8 @@ def trained(make_trainer, build, **options: Any) -> tuple[Any, list[dict[str, fl
 
 
 @pytest.mark.parametrize(
-    ("forget_loss", "retain_loss"), [("npo", "nll"), ("grad_ascent", "kl"), ("rmu", "embed_diff"), ("dpo", "none")]
+    ("forget_loss", "retain_loss"),
+    [("npo", "nll"), ("grad_ascent", "kl"), ("rmu", "embed_diff"), ("npo", "relative_embed_diff"), ("dpo", "none")],
 )
 def test_losses_and_gradients_equal_those_of_the_whole_model(make_trainer, build, forget_loss, retain_loss) -> None:
     options = {"forget_loss": forget_loss, "retain_loss": retain_loss}

@@ -10,6 +10,7 @@ from torch import nn
 from uoe_peft.losses import control_direction
 from uoe_peft.moe import find_moe_blocks
 from uoe_peft.moe.segments import find_layers
+from uoe_peft.training.choices import HIDDEN_RETAIN_LOSSES
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.objective.anchor import Targets, find_targets
 from uoe_peft.training.objective.forward import decoder_layer
@@ -29,20 +30,20 @@ def build_objective(model: nn.Module, args: UnlearningConfig, *, device: torch.d
         device: Where batches are.
 
     Raises:
-        ValueError: "rmu" or "embed_diff" without a layer to read, or with one that does not exist or does not depend on
-            what is trained.
+        ValueError: "rmu" or a retain loss on hidden states without a layer to read, or with one that does not exist or
+            does not depend on what is trained.
     """
     targets = find_targets(model)
     anchored = _has_routing(model, targets)
     if targets and not anchored:
         logger.info("every token uses all experts of the layers %s: the router anchor does not apply", [*targets])
-    if args.forget_loss != "rmu" and args.retain_loss != "embed_diff":
+    if args.forget_loss != "rmu" and args.retain_loss not in HIDDEN_RETAIN_LOSSES:
         return Objective(args, Reference(model, kind=args.reference), targets, anchored=anchored)
     layer_idx = args.rmu_layer if args.rmu_layer is not None else max(targets, default=None)
     if layer_idx is None:
         raise ValueError(
-            "rmu and embed_diff read the output of one decoder layer: set rmu_layer (an adapter of another method "
-            "than UOE, or none, does not name a layer)"
+            "rmu, embed_diff and relative_embed_diff read the output of one decoder layer: set rmu_layer (an adapter "
+            "of another method than UOE, or none, does not name a layer)"
         )
     layers = find_layers(model)
     num_layers = len(list(layers.children()))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from uoe_peft import losses
 from uoe_peft.data import Batch
 from uoe_peft.moe.routing import RoutingTrace
+from uoe_peft.training.choices import HIDDEN_RETAIN_LOSSES
 from uoe_peft.training.config import UnlearningConfig
 from uoe_peft.training.objective.anchor import Targets, anchor_term, selects_target, target_rates
 from uoe_peft.training.objective.forward import AnswerOutputs, forward_answers, vocab_size
@@ -130,7 +131,7 @@ class Objective:
                 needs["alternative"] = "nll"
         if args.forget_loss == "rmu" and args.rmu_coefficient is None and asked_once:
             needs["forget"] = "hidden"
-        if args.retain_loss == "embed_diff" and args.needs_retain and asked_once:
+        if args.retain_loss in HIDDEN_RETAIN_LOSSES and args.needs_retain and asked_once:
             needs["retain"] = "hidden"
         return needs
 
@@ -142,7 +143,7 @@ class Objective:
     @property
     def retain_layer(self) -> int | None:
         """Decoder layer whose output the retain loss reads."""
-        return self.reference.hidden_layer if self.args.retain_loss == "embed_diff" else None
+        return self.reference.hidden_layer if self.args.retain_loss in HIDDEN_RETAIN_LOSSES else None
 
     def forget(
         self,
@@ -262,11 +263,11 @@ class Objective:
                 return losses.mean(
                     outputs.compared(base, lambda logits, ref, _: losses.kl_loss(logits, ref, reduction="none")), tokens
                 )
-            case "embed_diff":
+            case "embed_diff" | "relative_embed_diff" as name:
                 if outputs.hidden is None:
-                    raise RuntimeError("embed_diff needs hidden states; pass hidden_layer to the forward pass")
-                ref_hidden = self.reference.hidden(model, batch)
-                return losses.embed_diff_loss(outputs.hidden, ref_hidden, denominator=tokens)
+                    raise RuntimeError(f"{name} needs hidden states; pass hidden_layer to the forward pass")
+                loss = losses.embed_diff_loss if name == "embed_diff" else losses.relative_embed_diff_loss
+                return loss(outputs.hidden, self.reference.hidden(model, batch), denominator=tokens)
             case "none":
                 raise ValueError("retain_loss is 'none': there is no retain loss to compute")
 
