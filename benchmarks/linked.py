@@ -57,7 +57,7 @@ class LinkedArguments:
     output_dir: Path = field(default=Path("outputs/linked"), metadata={"help": "Where models and runs go."})
     requests: list[str] = field(default_factory=lambda: [*get_args(Request)], metadata={"help": "What is forgotten."})
     parts: list[str] = field(default_factory=lambda: [*PARTS], metadata={"help": "What is trained."})
-    kept: list[str] = field(default_factory=lambda: ["all"], metadata={"help": "What training keeps: all, far, hidden states."})
+    kept: list[str] = field(default_factory=lambda: ["all"], metadata={"help": "What training keeps, and how."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of graphs, facts and all training."})
     epochs: int = field(default=40, metadata={"help": "Passes over the facts."})
     minutes: float = field(default=60.0, metadata={"help": "No run begins after this; start again to go on."})

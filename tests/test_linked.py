@@ -119,7 +119,7 @@ def test_a_twin_is_taught_all_but_what_is_requested(
 
 
 def test_words_that_are_no_options_are_refused(linked: ModuleType) -> None:
-    with pytest.raises(ValueError, match=r"--kept takes \['all', 'far'\], got \['near'\]"):
+    with pytest.raises(ValueError, match=r"--kept takes \['all', 'far', 'hidden states'\], got \['near'\]"):
         list(linked.wanted(linked.LinkedArguments(kept=["near"])))
 
 
