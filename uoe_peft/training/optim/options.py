@@ -42,8 +42,8 @@ class OptimiserOptions:
             one step of AdamW to each step of training, and its gradient is added. He begins anew after so many steps.
             Far less comes back in relearning; what the rest loses by it, `retain_loss="relative_embed_diff"` with
             `rmu_layer=-1` keeps, and two experts of each layer do it better than one (benchmarks/RESULTS.md). Moves
-            every layer, so that there is no prefix cache; takes twice the time or more, and memory for five float32 copies of the
-            model. One process, weights in float32. A resumed run begins with a fresh relearner. 0: off.
+            every layer, so that there is no prefix cache; takes twice the time or more, and memory for five float32
+            copies of the model. One process, weights in float32. A resumed run begins with a fresh relearner. 0: off.
         relearner_rate: His learning rate, > 0, constant.
     """
 
