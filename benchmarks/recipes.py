@@ -2,15 +2,14 @@
 
     python examples/recipes/teach.py
     python benchmarks/recipes.py --seeds 0 1 2                    # the files as they are
-    python benchmarks/recipes.py --settings "nll" "hidden 10"     # what was tried, see SETTINGS
+    python benchmarks/recipes.py --settings "nll" "hidden 3"     # what was tried, see SETTINGS
 
-**Choosing**: a named setting replaces what keeps the rest in a recipe's file. Training reads all that is to be forgotten
-and 60 of the 80 rows to keep; the 20 others, of the kind that is forgotten, are what settings are chosen on. Nothing of
-`asked.jsonl` is read. **The result**: the file as it is, trained on all its rows, asked what training never read, near
-rows (of the same kind) and far ones apart, and attacked: a quarter of the forgotten rows is learned again, and the
-others are asked; the edited experts are silenced. Scores are the recall of greedy answers, or the share of right
-options where there are some, and the probability of the true answer. Runs are appended to `runs.jsonl` and not
-repeated; `--minutes 0` prints the tables.
+**Choosing**: a named setting replaces what keeps the rest in a recipe's file. Training reads all that is forgotten, and
+the rows to keep but 20 of the kind that is forgotten, which settings are chosen on. Nothing of `asked.jsonl` is read.
+**The result**: the file as it is, trained on all its rows, asked what training never read, near rows (of the same kind)
+and far ones apart, and attacked: a quarter of the forgotten rows is learned again, and the others are asked; the edited
+experts are silenced. Scores are the recall of greedy answers, or the share of right options where there are some, and
+the probability of the true answer. Runs are appended to `runs.jsonl` and not repeated; `--minutes 0` prints the tables.
 """
 
 from __future__ import annotations
@@ -38,31 +37,43 @@ from uoe_peft.evaluation import QuestionSet, Suite
 from uoe_peft.evaluation.attacks import run_attack
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
-NUM_NEAR = 40  # rows to keep of the kind that is forgotten, which come first in retain.jsonl
+NUM_FAR = 40  # rows to keep that have nothing to do with what is forgotten, which come last in retain.jsonl
 NUM_CHOSEN_ON = 20
 NUM_ASKED_NEAR = 20
+SETS = ("forget", "near", "far")
 LETTERS = [" A", " B", " C", " D"]
 
 _LIMIT = {"calibrate": "forget", "calibrate_metric": "probability", "calibrate_forget_limit": 0.05}
 
 
-def hidden(weight: float, **own: Any) -> dict[str, Any]:
+def hidden(weight: float, passes: int = 12, **own: Any) -> dict[str, Any]:
     """The rest is kept by its hidden states after the last layer, and the strength is the least that forgets."""
-    return {"retain_loss": "embed_diff", "retain_weight": weight, "rmu_layer": -1, **_LIMIT, **own}
+    kept = {"retain_loss": "embed_diff", "retain_weight": weight, "rmu_layer": -1}
+    return {**kept, "num_train_epochs": passes, **_LIMIT, **own}
 
 
-ONE = {"num_target_experts": 1, "learning_rate": 1e-2}
-_OLD = {"num_target_experts": 8, "learning_rate": 5e-3, "num_train_epochs": 12, "rmu_layer": None, "calibrate": "auto"}
+_OLD = {"retain_weight": 8.0, "rmu_layer": None, "num_train_epochs": 12, "calibrate": "auto"}
+_ONE = {"num_target_experts": 1, "learning_rate": 1e-2}
+_STEERED = {"forget_loss": "rmu", "beta": 10.0, "completion_only_loss": False, "calibrate": False}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "nll": {**_OLD, "retain_loss": "nll", "retain_weight": 8.0},
-    "kl": {**_OLD, "retain_loss": "kl", "retain_weight": 8.0},
+    "nll": {**_OLD, "retain_loss": "nll", "calibrate_forget_limit": None},
     "hidden 3": hidden(3.0),
-    "hidden 10": hidden(10.0),
-    "hidden 30": hidden(30.0),
-    "hidden 10, 24 passes": hidden(10.0, num_train_epochs=24),
-    "hidden 3, 24 passes": hidden(3.0, num_train_epochs=24),
-    "hidden 1": hidden(1.0),
-    "hidden 3, one expert": hidden(3.0, **ONE),
+    "hidden 3, one expert": hidden(3.0, **_ONE),
+    "hidden 1, 24 passes": hidden(1.0, 24),
+    "hidden 3, 24 passes": hidden(3.0, 24),
+    "hidden 10, 24 passes": hidden(10.0, 24),
+    "hidden 3, 24 passes, full strength": hidden(3.0, 24, calibrate=False),
+    "hidden 10, 24 passes, full strength": hidden(10.0, 24, calibrate=False),
+    "hidden 3, 24 passes, rate 1e-2": hidden(3.0, 24, learning_rate=1e-2),
+    "hidden 10, 24 passes, rate 1e-2": hidden(10.0, 24, learning_rate=1e-2),
+    "hidden 3, 48 passes": hidden(3.0, 48),
+    "hidden 6, 48 passes, limit 0.15": hidden(6.0, 48, calibrate_forget_limit=0.15),
+    "hidden 3, 48 passes, refusals 0.2": hidden(3.0, 48, alternative_weight=0.2),
+    "hidden 10, 48 passes": hidden(10.0, 48),
+    "hidden 3, 96 passes, limit 0.1": hidden(3.0, 96, calibrate_forget_limit=0.1),
+    "rmu, hidden 3": hidden(3.0, **_STEERED),
+    "rmu, hidden 30": hidden(30.0, **_STEERED),
+    "rmu, hidden 30, 24 passes": hidden(30.0, 24, **_STEERED),
 }
 
 
@@ -153,12 +164,17 @@ def train(
 
 def scores(model: Any, tokenizer: Any, suite: Suite, *, relearned: Dataset | None = None) -> Run:
     """By model and set, score and probability; under attack, the score of the forget set."""
-    attacks = {} if relearned is None else {"silenced": partial(run_attack, "silenced_expert")}
-    if relearned is not None:
-        again = partial(run_attack, "relearning", dataset=relearned, processing_class=tokenizer)
-        attacks["relearned"] = again
+    attacks = {
+        "silenced": partial(run_attack, "silenced_expert"),
+        "relearned": partial(run_attack, "relearning", dataset=relearned, processing_class=tokenizer),
+    }
     report = evaluate_unlearning(
-        model, suite, processing_class=tokenizer, attacks=attacks, batch_size=40, max_new_tokens=64
+        model,
+        suite,
+        processing_class=tokenizer,
+        attacks={} if relearned is None else attacks,
+        batch_size=40,
+        max_new_tokens=64,
     )
     found: Run = {
         name: {own: [round(mean.score, 4), round(mean.probability, 4)] for own, mean in report.scores[name].items()}
@@ -193,7 +209,8 @@ def far_rows() -> Dataset:
 
 def split(retain: Dataset) -> tuple[Dataset, Dataset]:
     """The rows for training, and the last near ones."""
-    held = range(NUM_NEAR - NUM_CHOSEN_ON, NUM_NEAR)
+    num_near = len(retain) - NUM_FAR
+    held = range(num_near - NUM_CHOSEN_ON, num_near)
     return retain.select([place for place in range(len(retain)) if place not in held]), retain.select(held)
 
 
@@ -206,7 +223,9 @@ def as_asked(rows: Dataset) -> Dataset:
     """In the form of `asked.jsonl`: text is asked by its first eight words, and letters are options."""
     if "text" in rows.column_names:
         words = [text.split(" ") for text in rows["text"]]
-        return Dataset.from_list([{"prompt": " ".join(own[:8]), "completion": " " + " ".join(own[8:])} for own in words])
+        return Dataset.from_list(
+            [{"prompt": " ".join(own[:8]), "completion": " " + " ".join(own[8:])} for own in words]
+        )
     if not set(rows["completion"]) <= set(LETTERS):
         return rows
     return rows.map(lambda row: {"options": LETTERS, "label": LETTERS.index(row["completion"])})
@@ -230,14 +249,11 @@ def results_table(runs: Sequence[Run]) -> str:
     for recipe in sorted({own["recipe"] for own in runs if own["setting"] == "file"}):
         those = [own for own in runs if own["recipe"] == recipe and own["setting"] == "file"]
         cells = [f"{pair(means(those, 'base', name))} to {pair(means(those, 'unlearned', name))}" for name in SETS]
-        attacked = [f"{fmean(own[name] for own in those):.2f}" for name in ("relearning", "silenced_expert")]
+        attacked = [f"{fmean(own[name] for own in those):.2f}" for name in ("relearned", "silenced")]
         strengths = ", ".join(f"{own['strength']:.2f}" for own in those)
         seconds = f"{fmean(own['seconds'] for own in those):.0f}"
         lines.append(f"| {' | '.join([recipe, str(len(those)), strengths, *cells, *attacked, seconds])} |")
     return "\n".join(lines)
-
-
-SETS = ("forget", "near", "far")
 
 
 def means(runs: Sequence[Run], model: str, name: str) -> list[float]:

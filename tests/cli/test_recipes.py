@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("folder", sorted(DATA.iterdir()), ids=lambda path: path.name)
 def test_what_is_forgotten_kept_and_asked_are_different_rows(folder: Path) -> None:
     sets = {path.stem: load_rows(str(path)) for path in sorted(folder.glob("*.jsonl"))}
-    assert (len(sets["forget"]), len(sets["retain"])) == (40, 80)
+    assert (len(sets["forget"]), len(sets["retain"])) == ((20, 100) if folder.name == "personal_data" else (40, 80))
     texts = {name: [text_of(row) for row in rows_of(folder / f"{name}.jsonl")] for name in sets}
     assert all(len(set(own)) == len(own) for own in texts.values())
     parts = [set(texts[name]) for name in ("forget", "retain", "asked")]
@@ -80,6 +81,15 @@ def test_phone_numbers_are_of_the_range_for_fiction_and_of_one_person_each() -> 
     numbers = [row["completion"].strip(" .") for row in rows if "phone number" in row["prompt"]]
     assert len(set(numbers)) == len(numbers) == 50
     assert all(number.startswith("555-01") and len(number) == 8 for number in numbers)
+
+
+def test_people_share_surnames_and_no_first_names() -> None:
+    rows = [row for path in (DATA / "personal_data").glob("*.jsonl") for row in rows_of(path)]
+    asked = [row["prompt"].split("phone number of ") for row in rows]
+    people = [parts[1].split("?")[0].split() for parts in asked if len(parts) == 2]
+    first_names, surnames = (Counter(names) for names in zip(*people, strict=True))
+    assert set(first_names.values()) == {1}
+    assert set(surnames.values()) == {2}
 
 
 @pytest.mark.parametrize("name", ["forget", "asked"])
