@@ -1,8 +1,8 @@
 """Teach the bundled model the recipes' stand-in data, so that there is something to forget.
 
-    python examples/recipes/teach.py [--output_dir outputs/recipes/model] [--num_train_epochs 12]
+    python examples/recipes/teach.py [--output_dir outputs/recipes/model] [--num_train_epochs 24]
 
-Two minutes on a CPU. All of it is made up, and harmless: see docs/guides/recipes.md.
+Two and a half minutes of one CPU core. All of it is made up, and harmless: see docs/guides/recipes.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DATA = Path(__file__).parent / "data"
 @dataclass
 class TeachArguments:
     output_dir: str = field(default="outputs/recipes/model", metadata={"help": "Where the model goes."})
-    num_train_epochs: int = field(default=12, metadata={"help": "Passes over all rows."})
+    num_train_epochs: int = field(default=24, metadata={"help": "Passes over all rows."})
     max_steps: int = field(default=-1, metadata={"help": "End earlier."})
 
 
@@ -36,6 +36,7 @@ def main() -> None:
             num_train_epochs=args.num_train_epochs,
             max_steps=args.max_steps,
             per_device_train_batch_size=16,
+            train_sampling_strategy="group_by_length",  # passages are four times as long as answers
             learning_rate=3e-3,
             lr_scheduler_type="cosine",
             warmup_steps=30,
@@ -53,14 +54,18 @@ def main() -> None:
 
 
 def everything() -> Dataset:
-    """Every row of every set once, as text; `forget_asked` holds the texts of `forget` again, cut in two."""
-    texts: dict[str, None] = {}
+    """Every row of every set once, as prompt and completion: answers are learned, not questions, and text as a whole.
+
+    `forget_asked` holds the texts of `forget` again, cut in two.
+    """
+    rows: dict[str, dict[str, str]] = {}
     for path in sorted(DATA.glob("*/*.jsonl")):
         if path.stem != "forget_asked":
             for line in path.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
-                texts[row.get("text") or row["prompt"] + row["completion"]] = None
-    return Dataset.from_list([{"text": text} for text in texts])
+                prompt, completion = ("", row["text"]) if "text" in row else (row["prompt"], row["completion"])
+                rows.setdefault(prompt + completion, {"prompt": prompt, "completion": completion})
+    return Dataset.from_list([*rows.values()])
 
 
 if __name__ == "__main__":

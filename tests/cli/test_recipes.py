@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_a_recipe_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("folder", sorted(DATA.iterdir()), ids=lambda path: path.name)
 def test_what_is_forgotten_kept_and_asked_are_different_rows(folder: Path) -> None:
     sets = {path.stem: load_rows(str(path)) for path in sorted(folder.glob("*.jsonl"))}
-    assert (len(sets["forget"]), len(sets["retain"])) == (40, 80)
+    assert (len(sets["forget"]), len(sets["retain"])) == ((20, 100) if folder.name == "personal_data" else (40, 80))
     texts = {name: [text_of(row) for row in rows_of(folder / f"{name}.jsonl")] for name in sets}
     assert all(len(set(own)) == len(own) for own in texts.values())
     parts = [set(texts[name]) for name in ("forget", "retain", "asked")]
@@ -82,6 +83,15 @@ def test_phone_numbers_are_of_the_range_for_fiction_and_of_one_person_each() -> 
     assert all(number.startswith("555-01") and len(number) == 8 for number in numbers)
 
 
+def test_people_share_surnames_and_no_first_names() -> None:
+    rows = [row for path in (DATA / "personal_data").glob("*.jsonl") for row in rows_of(path)]
+    asked = [row["prompt"].split("phone number of ") for row in rows]
+    people = [parts[1].split("?")[0].split() for parts in asked if len(parts) == 2]
+    first_names, surnames = (Counter(names) for names in zip(*people, strict=True))
+    assert set(first_names.values()) == {1}
+    assert set(surnames.values()) == {2}
+
+
 @pytest.mark.parametrize("name", ["forget", "asked"])
 def test_options_have_their_right_letter_and_no_letter_is_a_good_guess(name: str) -> None:
     rows = rows_of(DATA / "hazardous_knowledge" / f"{name}.jsonl")
@@ -97,9 +107,9 @@ def test_options_have_their_right_letter_and_no_letter_is_a_good_guess(name: str
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's own default
 def test_the_model_is_taught_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = ROOT / "examples" / "recipes" / "teach.py"
-    taught = {row["text"] for row in runpy.run_path(str(script))["everything"]()}
+    taught = [row["prompt"] + row["completion"] for row in runpy.run_path(str(script))["everything"]()]
     every = [text_of(row) for path in DATA.glob("*/*.jsonl") for row in rows_of(path)]
-    assert taught == set(every)
+    assert sorted(taught) == sorted(set(every))
     monkeypatch.setattr(sys, "argv", [str(script), "--output_dir", str(tmp_path / "model"), "--max_steps", "2"])
     runpy.run_path(str(script), run_name="__main__")
     after, before = (
