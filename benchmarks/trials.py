@@ -7,7 +7,8 @@ The first is the testbed, the second what `grounds.py` has written. A trial is o
 the rate falling linearly, at strength 1: a loss, what is trained by it, and at most one aid (see `Aid`). Rows are
 split as `depth.py` splits them: all forget rows are trained on, every fourth can be relearned (40 of them at most), the
 others are asked; of the retain rows half are trained on and others asked. A third of the asked rows are for validation,
-the rest is reported.
+the rest is reported. Aids that work on gradients are in `trials_surgery.py`, those of retain rows in `trials_data.py`
+(WikiText is found by the variable UOE_DATA).
 
 Scores are ROUGE-L recall of greedy answers. "Relearned": greatest forget score after 6, 12, 18 and 24 steps of all
 weights on the rows for that; `--relearn_rate` and `--relearn_steps` attack harder. "One silent": greatest forget score
