@@ -109,7 +109,7 @@ class LearningToUnlearn(UnlearningTrainer):
         model.train()
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
-        found = sides(self.args, self._terms, weights)
+        found = gradients_apart(self.args, self._terms, weights)
         if self._tuned is None:
             self._tuned = found
             if self._meta:
@@ -137,7 +137,7 @@ class LearningToUnlearn(UnlearningTrainer):
             weight -= length / norm * part
 
 
-def sides(
+def gradients_apart(
     args: UnlearningConfig, terms: Mapping[str, Tensor], weights: Sequence[nn.Parameter]
 ) -> tuple[Gradients, Gradients]:
     """Gradients of what is to be forgotten, refusals and anchor with it, and of what is to be kept.

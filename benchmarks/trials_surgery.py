@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from learning_to_unlearn import Gradients, sides
+from learning_to_unlearn import Gradients, gradients_apart
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from trials_training import Aid, AidedTrainer
@@ -99,7 +99,7 @@ class SurgicalTrainer(AidedTrainer):
         model.train()
         batches = self._prepare_inputs(inputs)
         loss = self.compute_loss(model, batches, num_items_in_batch=num_items_in_batch)
-        forget, retain = sides(self.args, self._terms, self._trained)
+        forget, retain = gradients_apart(self.args, self._terms, self._trained)
         if self.args.relearner_steps:
             self._forget_relearned(model, {role: batch for role, batch in batches.items() if role != "retain"})
             forget = [own + weight.grad for own, weight in zip(forget, self._trained, strict=True)]
