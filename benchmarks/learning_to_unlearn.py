@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
 
-from uoe_peft import UnlearningTrainer, UOEConfig, attribute_experts
+from uoe_peft import UnlearningConfig, UnlearningTrainer, UOEConfig, attribute_experts
 
 # Whether there is a meta split, and whether gradients are harmonised.
 KINDS = {"plain": (False, False), "harmonised": (False, True), "meta": (True, False), "LTU": (True, True)}
@@ -109,7 +109,7 @@ class LearningToUnlearn(UnlearningTrainer):
         model.train()
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
-        found = self._sides(weights)
+        found = gradients_apart(self.args, self._terms, weights)
         if self._tuned is None:
             self._tuned = found
             if self._meta:
@@ -127,16 +127,6 @@ class LearningToUnlearn(UnlearningTrainer):
         self._tuned, self._start = None, []
         return loss.detach()
 
-    def _sides(self, weights: Sequence[nn.Parameter]) -> tuple[Gradients, Gradients]:
-        """Gradients of what is to be forgotten, refusals and anchor with it, and of what is to be kept."""
-        forgetting = [getattr(self.args, name) * self._terms[t] for t, name in FORGETTING.items() if t in self._terms]
-        keeping = self.args.retain_weight * self._terms["retain"]
-        forget, retain = (
-            torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-            for loss in (torch.stack(forgetting).sum(), keeping)
-        )
-        return list(forget), list(retain)
-
     @torch.no_grad()
     def _try(self, weights: Sequence[nn.Parameter], gradient: Gradients) -> None:
         assert self.optimizer is not None
@@ -145,6 +135,24 @@ class LearningToUnlearn(UnlearningTrainer):
         norm = torch.stack([part.norm() for part in gradient]).norm().clamp(min=1e-12)
         for weight, part in zip(weights, gradient, strict=True):
             weight -= length / norm * part
+
+
+def gradients_apart(
+    args: UnlearningConfig, terms: Mapping[str, Tensor], weights: Sequence[nn.Parameter]
+) -> tuple[Gradients, Gradients]:
+    """Gradients of what is to be forgotten, refusals and anchor with it, and of what is to be kept.
+
+    Args:
+        args: Has the weights of the terms.
+        terms: Losses of a step by name, with their graph.
+        weights: What is trained.
+    """
+    forgetting = [getattr(args, name) * terms[term] for term, name in FORGETTING.items() if term in terms]
+    forget, retain = (
+        torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        for loss in (torch.stack(forgetting).sum(), args.retain_weight * terms["retain"])
+    )
+    return list(forget), list(retain)
 
 
 def harmonised(forget: Gradients, retain: Gradients) -> tuple[Gradients, Gradients]:

@@ -7,7 +7,8 @@ The first is the testbed, the second what `grounds.py` has written. A trial is o
 the rate falling linearly, at strength 1: a loss, what is trained by it, and at most one aid (see `Aid`). Rows are
 split as `depth.py` splits them: all forget rows are trained on, every fourth can be relearned (40 of them at most), the
 others are asked; of the retain rows half are trained on and others asked. A third of the asked rows are for validation,
-the rest is reported.
+the rest is reported. Aids that work on gradients are in `trials_surgery.py`, those of retain rows in `trials_data.py`
+(WikiText is found by the variable UOE_DATA).
 
 Scores are ROUGE-L recall of greedy answers. "Relearned": greatest forget score after 6, 12, 18 and 24 steps of all
 weights on the rows for that; `--relearn_rate` and `--relearn_steps` attack harder. "One silent": greatest forget score
@@ -24,10 +25,11 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -36,7 +38,9 @@ from peft import LoraConfig, PeftModel
 from resumed import Run, Runs
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
-from trials_training import Aid, AidedTrainer, Pairs
+from trials_data import kept_rows
+from trials_surgery import SurgicalTrainer
+from trials_training import Aid, Pairs, RetainData, Surgery
 
 from uoe_peft import ExpertAttribution, UnlearningConfig, UOEConfig, attribute_experts
 from uoe_peft.cli.loading import load_rows
@@ -69,6 +73,9 @@ ALL_LOSSES: dict[str, tuple[dict[str, Any], float]] = {
     "refusals": ({"forget_loss": "idk", "retain_weight": NPO["retain_weight"]}, 1.0),
 }
 Scores = dict[str, float]
+BY_GRADIENT = (
+    "8 by gradient"  # of all layers, for how much their weights move the forget loss per unit of the retain loss
+)
 # What is trained. Experts are the best of each layer by `contrast`.
 PARTS: dict[str, Callable[[ExpertAttribution], Pairs]] = {
     "1": lambda found: found.top(1),
@@ -79,6 +86,7 @@ PARTS: dict[str, Callable[[ExpertAttribution], Pairs]] = {
     "4, upper": lambda found: found.top(2, strategy="each_layer", exclude_layers=(0, 1)),
     "8, upper": lambda found: found.top(4, strategy="each_layer", exclude_layers=(0, 1)),
     "8": lambda found: found.top(2, strategy="each_layer"),
+    BY_GRADIENT: lambda found: found.top(8),
     "LoRA": lambda found: [],
     "all": lambda found: [],
 }
@@ -118,6 +126,17 @@ def trial(part: str, losses: tuple[str, ...] = (DEMO,), own: Any = None, *, fact
     return Trial(part, (RATES.get(part, 3e-3) * factor,), losses, Aid(**aid), own or {})
 
 
+# What gradients, masks and retain rows can do, tried with eight experts: aids and settings of the trainer.
+AIDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    **{kind: ({"surgery": kind}, {}) for kind in get_args(Surgery)},
+    **{f"RepSelect, one step, {role}": ({"one_step": role}, {}) for role in ("forget", "retain")},
+    **{f"rho {rho:g}": ({}, {"retain_projection": rho}) for rho in (0.1, 1.0, 10.0)},
+    **{f"K-FAC, rho {rho:g}": ({"damped_outputs": rho}, {}) for rho in (0.1, 1.0, 10.0)},
+    **{f"WAGLE {ratio:g}": ({}, {"weight_mask_ratio": ratio}) for ratio in (0.2, 0.5, 0.8)},
+    **{kind: ({"retain_data": kind}, {}) for kind in get_args(RetainData)},
+}
+AIDED = {"NPO": DEMO, **{f"NPO, hidden {weight}": f"NPO, hidden states kept {weight}" for weight in KEEPING}}
+
 TRIALS: dict[str, Trial] = {
     # Where, and how many.
     **{f"NPO: {part}": trial(part) for part in PARTS},
@@ -153,6 +172,13 @@ TRIALS: dict[str, Trial] = {
     # The course of training.
     **{f"NPO: {part}, healed": trial(part, factor=2.0, forget_share=0.5) for part in PARTS},
     **{f"NPO: {part}, averaged": trial(part, factor=2.0, average_from=0.5) for part in PARTS},
+    # Gradients, masks and retain rows.
+    **{
+        f"{loss}: 8, {name}{end}": trial("8", (AIDED[loss],), {**settings, **own}, **aid)
+        for loss, (name, (aid, settings)), (end, own) in product(
+            AIDED, AIDS.items(), (("", {}), (", relearner", RELEARNED))
+        )
+    },
 }
 
 
@@ -229,15 +255,17 @@ class Ground:
             "retain": halves["test"].select(range(min(300, len(halves["test"])))),
         }
         self.asked = {role: self._questions(rows, role) for role, rows in asked.items()}
-        self.found = attribute_experts(
-            self.load("base"),
-            self.forget,
-            processing_class=self.tokenizer,
-            score="contrast",
-            retain_dataset=self.retain,
-            batch_size=50,
-            show_progress=False,
-        )
+        self.found = self.attributed(self.forget, score="contrast", retain_dataset=self.retain)
+
+    def attributed(self, rows: Dataset, **asked: Any) -> ExpertAttribution:
+        """Affinities of the base's experts to a set."""
+        model, tokenizer = self.load("base"), self.tokenizer
+        return attribute_experts(model, rows, processing_class=tokenizer, batch_size=50, show_progress=False, **asked)
+
+    def by_gradient(self) -> ExpertAttribution:
+        """`sum |w g|` over an expert's weights, g the gradient on forget rows, divided by the same on retain rows."""
+        forget, retain = (self.attributed(rows, score="gradient") for rows in (self.forget, self.retain))
+        return replace(forget, affinity=forget.affinity / retain.affinity)
 
     def _questions(self, rows: Dataset, name: str) -> Any:
         return questions_of(rows, self.tokenizer, max_length=None, max_examples=None, seed=0, name=name)
@@ -253,12 +281,15 @@ class Ground:
     def unlearn(self, trial: Trial, rate: float, seed: int, steps: int) -> dict[str, Any]:
         """Train, and score what was written to disk: a copy of a trained model would go on calling the original."""
         set_seed(seed)
-        experts = PARTS[trial.part](self.found)
+        experts = PARTS[trial.part](self.by_gradient() if trial.part == BY_GRADIENT else self.found)
+        retain = kept_rows(
+            trial.aid.retain_data, self.retain, self.forget, model=self.load("base"), tokenizer=self.tokenizer
+        )
         model, config, started = self.load("base"), adapter(trial.part, experts), time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             for loss in trial.losses:
                 own, factor = ALL_LOSSES[loss]
-                trainer = AidedTrainer(
+                trainer = SurgicalTrainer(
                     aid=trial.aid,
                     experts=experts,
                     model=model,
@@ -271,7 +302,7 @@ class Ground:
                         **trial.own,
                     ),
                     train_dataset=self.forget,
-                    retain_dataset=self.retain,
+                    retain_dataset=retain,
                     processing_class=self.tokenizer,
                     peft_config=config,
                 )

@@ -17,6 +17,8 @@ from uoe_peft.moe.interventions import silence_expert
 from uoe_peft.tuner.layer import UOEExpertsLayer
 
 Pairs = list[tuple[int, int]]
+Surgery = Literal["PCGrad", "SAGO", "SAGO, sum", "GRU", "GRU, sum", "RepSelect of forget", "RepSelect of retain"]
+RetainData = Literal["own answers", "own text", "own text alone", "WikiText"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,20 @@ class Aid:
             all of several, are silent or have their old weights.
         forget_share: Share of the steps that forget; in the rest only the retain loss is left.
         average_from: Share of the steps after which weights are averaged; 1: the last ones are taken.
+        surgery: What is done to gradients of forgetting by those of keeping, see `trials_surgery.py`.
+        one_step: A single step along the filtered gradient of this set's likelihood in the place of training.
+        damped_outputs: rho of a retain projection from both sides.
+        retain_data: What is kept beside or in the place of the retain rows, see `trials_data.py`.
     """
 
     start: Literal["base", "others", "noise"] = "base"
     knocked_out: bool = False
     forget_share: float = 1.0
     average_from: float = 1.0
+    surgery: Surgery | None = None
+    one_step: Literal["forget", "retain"] | None = None
+    damped_outputs: float | None = None
+    retain_data: RetainData | None = None
 
 
 class AidedTrainer(UnlearningTrainer):
