@@ -3,7 +3,9 @@
 MMLU's subjects are domains that nobody has made up for the purpose, as WMDP's and MMLU's are in
 https://arxiv.org/abs/2411.18797. Its biology and health are to be forgotten; everything else is to stay. A question
 shows its options and is answered by letter and text. None of this is general knowledge: a model of 3 M parameters has
-learned its rows by heart, and the twin guesses.
+learned its rows by heart, and the twin guesses. What a question is about such a model cannot know, and no boundary
+between what goes and what stays can be drawn beyond the rows that training reads; with `--named_subjects true` every
+question begins with its subject, in MMLU's own words (https://arxiv.org/abs/2009.03300), as large models are asked.
 
 Training goes on where it was stopped: it is kept after every pass, and a pass depends on nothing but its number.
 """
@@ -45,6 +47,7 @@ FORGOTTEN = (
     "virology",
 )
 PROMPT_WEIGHT = 0.1  # of a prompt's token in the loss: that questions of a kind look alike is what experts divide by
+HEADER = "The following are multiple choice questions (with answers) about {}.\n\n"
 NUM_PROMPT_WORDS, NUM_TEXT_WORDS = 12, 12  # of a paragraph: what is shown, and what is to be continued
 
 
@@ -55,6 +58,7 @@ class NaturalArguments:
     data: Path = field(metadata={"help": "Folder with mmlu/test/*.csv, tofu/full.json and wikitext2/valid.txt."})
     output_dir: Path = field(default=Path("outputs/natural"), metadata={"help": "Where models and sets go."})
     forget_subjects: list[str] = field(default_factory=lambda: list(FORGOTTEN), metadata={"help": "Of MMLU."})
+    named_subjects: bool = field(default=False, metadata={"help": "Begin each question with its subject."})
     num_forget: int = field(default=100, metadata={"help": "Questions to be forgotten."})
     num_other: int = field(default=200, metadata={"help": "Questions of all other subjects."})
     num_authors: int = field(default=2, metadata={"help": "TOFU's last; 20 rows each."})
@@ -107,6 +111,10 @@ def natural_rows(args: NaturalArguments) -> tuple[Dataset, Dataset]:
     if wrong := [name for name, value in numbers.items() if value < 1]:
         raise ValueError(f"{wrong} must be 1 or more, got {[numbers[name] for name in wrong]}")
     questions = short_questions(args.data / "mmlu" / "test", max_characters=args.max_characters)
+    if args.named_subjects:
+        questions = [
+            {**row, "prompt": HEADER.format(row["subject"].replace("_", " ")) + row["prompt"]} for row in questions
+        ]
     if unknown := sorted(set(args.forget_subjects) - {subject_of(path) for path in _files(args.data)}):
         raise ValueError(f"forget_subjects {unknown} are no subjects of MMLU; use {FORGOTTEN[0]!r} or the like")
     evenly = {

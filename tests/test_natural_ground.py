@@ -96,6 +96,17 @@ def test_the_forget_set_holds_its_subjects_and_no_other_set_does(natural: Module
     assert text["completion"] == " and then 13.5 , a well-known number of 4,000 others which few"
 
 
+def test_questions_begin_with_their_subject_if_wanted(natural: ModuleType, data: Path) -> None:
+    forget, kept = natural.natural_rows(
+        arguments(natural, data, named_subjects=True, forget_subjects=["law"], num_forget=1)
+    )
+    begun = "The following are multiple choice questions (with answers) about {}.\n\n"
+    assert all(row["prompt"].startswith(begun.format("law")) for row in forget)
+    others = {row["prompt"].removeprefix(begun.format(row["subject"])) for row in kept if row["topic"] == "MMLU"}
+    assert "Where is the femur?\nA. arm\nB. leg\nC. head\nD. hand\nAnswer:" in others
+    assert not any(row["prompt"].startswith("The following") for row in kept if row["topic"] != "MMLU")
+
+
 def test_a_question_of_two_subjects_is_asked_once(natural: ModuleType, data: Path) -> None:
     _, kept = natural.natural_rows(arguments(natural, data, num_other=4))
     assert sum(row["prompt"].startswith("Is Pluto a planet?") for row in kept) == 1
