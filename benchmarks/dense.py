@@ -60,10 +60,9 @@ PARTS = {
     "LoRA": 3e-3,
     "all parameters": 5e-4,
 }
-HIDDEN = {"retain_loss": "embed_diff", "rmu_layer": -1}  # after the last layer
-LOSSES: dict[str, dict[str, Any]] = {
-    "nll 8": {"retain_weight": 8.0},
-    **{f"hidden {weight}": {**HIDDEN, "retain_weight": float(weight)} for weight in (1, 3, 10)},
+RETAIN_LOSSES: dict[str, dict[str, Any]] = {
+    "nll": {"retain_loss": "nll"},
+    "hidden": {"retain_loss": "embed_diff", "rmu_layer": -1},  # after the last layer
 }
 COLUMNS = ("forget", "retain", "relearned", "text")
 Score = list[float]  # of the validation rows, and of the others
@@ -76,10 +75,12 @@ class DenseArguments:
     ground: Path = field(metadata={"help": "Folder that dense_grounds.py wrote."})
     output_dir: Path = field(default=Path("outputs/dense"), metadata={"help": "Where runs go."})
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": "What is trained."})
-    losses: list[str] = field(default_factory=lambda: ["nll 8", "hidden 3"], metadata={"help": "What keeps the rest."})
-    factors: list[float] = field(default_factory=lambda: [0.4, 1.0, 2.0], metadata={"help": "Of the usual rates."})
+    losses: list[str] = field(
+        default_factory=lambda: ["hidden 0.1", "nll 8"], metadata={"help": "Retain losses with their weights."}
+    )
+    factors: list[float] = field(default_factory=lambda: [0.5, 1.5, 4.0], metadata={"help": "Of the usual rates."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of the unlearning and of the groups."})
-    steps: int = field(default=200, metadata={"help": "Of the unlearning."})
+    steps: int = field(default=100, metadata={"help": "Of the unlearning."})
     batch_size: int = field(default=8, metadata={"help": "Forget rows a step, and retain rows."})
     relearn: bool = field(default=False, metadata={"help": "Whether to attack what was unlearned."})
     bf16: bool = field(default=False, metadata={"help": "Multiply in bfloat16, where that is fast."})
@@ -89,7 +90,7 @@ class DenseArguments:
 def main() -> None:
     """Run what is not there yet, and print the table."""
     (args,) = HfArgumentParser(DenseArguments).parse_args_into_dataclasses()
-    for names, known in ((args.parts, PARTS), (args.losses, LOSSES)):
+    for names, known in ((args.parts, PARTS), ([loss.split()[0] for loss in args.losses], RETAIN_LOSSES)):
         if unknown := sorted(set(names) - set(known)):
             raise ValueError(f"unknown {unknown}; use some of {list(known)}")
     torch.set_num_threads(1)
@@ -108,7 +109,7 @@ def planned(args: DenseArguments, runs: list[Run]) -> Iterator[Run]:
     for seed in args.seeds:
         for loss in args.losses:
             for part in args.parts:
-                tried = [PARTS[part] * factor for factor in args.factors]
+                tried = [float(f"{PARTS[part] * factor:.6g}") for factor in args.factors]
                 rates = tried if seed == 0 else [chosen_rate(part, loss, runs)]
                 yield from ({"part": part, "loss": loss, "rate": rate, "seed": seed} for rate in rates)
 
@@ -153,10 +154,12 @@ class Ground:
         set_seed(seed)
         model = self.load(self.base, trained=True)
         config, targets = self.adapter(part, model, seed)
+        kind, weight = loss.split()
+        kept = {**RETAIN_LOSSES[kind], "retain_weight": float(weight)}
         with tempfile.TemporaryDirectory() as folder:
             trainer = UnlearningTrainer(
                 model=model,
-                args=self.training_arguments(folder, learning_rate=rate, seed=seed, **LOSSES[loss]),
+                args=self.training_arguments(folder, learning_rate=rate, seed=seed, **kept),
                 train_dataset=self.forget,
                 retain_dataset=self.retain,
                 processing_class=self.tokenizer,
@@ -269,24 +272,26 @@ class Ground:
 
 
 def table(runs: list[Run]) -> str:
-    """Means over seeds at the chosen rates, as Markdown."""
+    """Means over seeds at the chosen rates, as Markdown; a score of some seeds alone says of how many."""
+    columns = [column for column in COLUMNS if any(column in run for run in runs)]
     lines = [
-        "| trained | retain loss | rate | layer:group (seed 0) | parameters | "
-        + " | ".join(COLUMNS)
-        + " | CPU s | seeds |",
-        "|---" * (len(COLUMNS) + 7) + "|",
+        f"| trained | retain loss | rate | layer:group (seed 0) | parameters | {' | '.join(columns)} | CPU s | seeds |",
+        "|---" * (len(columns) + 7) + "|",
     ]
     for part, loss in dict.fromkeys((run["part"], run["loss"]) for run in runs):
         rate = chosen_rate(part, loss, runs)
         own = [run for run in runs if (run["part"], run["loss"], run["rate"]) == (part, loss, rate)]
-        cells = [spread([run[column][1] for run in own]) if column in own[0] else "" for column in COLUMNS]
+        cells = " | ".join(cell([run[column][1] for run in own if column in run], len(own)) for column in columns)
         first = {"targets": [], "trained": 0, "seconds": 0.0, **own[0]}
         targets = " ".join(f"{layer}:{group}" for layer, group in first["targets"])
-        lines.append(
-            f"| {part} | {loss} | {rate:g} | {targets} | {first['trained']:,} | {' | '.join(cells)} | "
-            f"{first['seconds']:.0f} | {len(own)} |"
-        )
+        ends = f"{first['seconds']:.0f} | {len(own)} |"
+        lines.append(f"| {part} | {loss} | {rate:g} | {targets} | {first['trained']:,} | {cells} | {ends}")
     return "\n".join(lines)
+
+
+def cell(values: list[float], num_runs: int) -> str:
+    """A score's mean and deviation."""
+    return "" if not values else spread(values) + ("" if len(values) == num_runs else f" ({len(values)})")
 
 
 if __name__ == "__main__":
