@@ -1,13 +1,14 @@
 """Groups of neurons of a dense model against LoRA and full training, on a ground that `dense_grounds.py` wrote.
 
     python benchmarks/dense.py --ground outputs/dense_small [--seeds 0 1] [--minutes 60]
-    python benchmarks/dense.py --ground outputs/dense_smollm --bf16 --steps 40 --batch_size 4 --factors 0.1 0.3 ...
+    python benchmarks/dense.py --ground outputs/dense_smollm --bf16 true --steps 20 --batch_size 4 \
+        --losses "hidden 0.07" --factors 0.4 2
 
 The neurons are put into 8 groups a layer, by clustering on the rows that training reads ("clustered") or by lot
 ("random groups"), and one group of one layer is trained, the one that `contrast` ranks first or any, or several. All
-methods have NPO (beta 0.05) as the forget loss, with refusals beside where the forget rows have them, and 8 times `nll`
-or some times `embed_diff` after the last layer ("hidden") as the retain loss. What was trained in groups is merged and
-written back, and the ordinary dense model, read from disk, is what is asked.
+methods have NPO (beta 0.05) as the forget loss, with refusals beside where the forget rows have them, and `nll` or
+`embed_diff` after the last layer ("hidden") as the retain loss, with the weight that the loss's name ends in. What was
+trained in groups is merged and written back, and the ordinary dense model, read from disk, is what is asked.
 
 All forget rows are trained on, every fourth can be relearned (40 of them at most), the others are asked; of the retain
 rows half are trained on and others asked, 300 at most. A third of the asked rows are for validation, the rest is
