@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from uoe_peft.errors import UnsupportedModelError
 from uoe_peft.moe.blocks import find_moe_blocks
+from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.lm_head import no_logits
 
 LayerState = Tensor | tuple[Any, ...]
@@ -61,21 +62,32 @@ def find_layers(model: nn.Module) -> nn.Module:
     """The module that holds a model's decoder layers, each under its index; functions of this module take it.
 
     Raises:
-        UnsupportedModelError: The model has no routed experts, or they are not in a stack of layers.
+        UnsupportedModelError: The model has no routed experts, and its decoder no list called `layers`.
     """
     name = _layers_names.get(model)
     if name is None:
-        block = find_moe_blocks(model)[0]
-        parts = block.experts_name.split(".")
-        name = _layers_names[model] = ".".join(parts[: parts.index(str(block.layer_idx))])
+        name = _layers_names[model] = _layers_name(model)
     return model.get_submodule(name)
+
+
+def _layers_name(model: nn.Module) -> str:
+    try:
+        block = find_moe_blocks(model)[0]
+    except UnsupportedModelError:
+        # A dense model, which rivals are trained on. A list alone says that the children are layers, in their order.
+        layers = getattr(find_decoder(model), "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise
+        return next(name for name, module in model.named_modules() if module is layers)
+    parts = block.experts_name.split(".")
+    return ".".join(parts[: parts.index(str(block.layer_idx))])
 
 
 def run_until_layer(model: nn.Module, layer_idx: int, inputs: Mapping[str, Any]) -> LayerState:
     """What enters a decoder layer, without running that layer, those above it, or the LM head.
 
     Args:
-        model: Any model with routed experts, wrapped by PEFT or not.
+        model: Any model that `find_layers` takes, wrapped by PEFT or not.
         layer_idx: Decoder layer, 1 or higher.
         inputs: The model's keyword inputs.
 
@@ -83,7 +95,7 @@ def run_until_layer(model: nn.Module, layer_idx: int, inputs: Mapping[str, Any])
         The output of the layer below, detached from the graph.
 
     Raises:
-        UnsupportedModelError: The model has no routed experts, or its forward pass does not run the layer.
+        UnsupportedModelError: The model's layers are not found, or its forward pass does not run the layer.
         ValueError: There is no such layer, or no layer below it.
     """
     below = _below(find_layers(model), layer_idx)[-1]
@@ -146,11 +158,11 @@ def stop_after_layer(model: nn.Module, layer_idx: int) -> Iterator[None]:
     layer depends on, as launchers of several processes expect. Call the model as ever, `use_cache=False`.
 
     Args:
-        model: Any causal language model with routed experts, wrapped by PEFT or not.
+        model: Any causal language model that `find_layers` takes, wrapped by PEFT or not.
         layer_idx: Decoder layer, the last that is run.
 
     Raises:
-        UnsupportedModelError: The model has no routed experts, or no LM head.
+        UnsupportedModelError: The model's layers are not found, or it has no LM head.
         ValueError: There is no such layer.
     """
     layers = find_layers(model)

@@ -239,7 +239,7 @@ def decoder_layer(model: nn.Module, layer_idx: int) -> nn.Module:
 
     Raises:
         ValueError: The model has no such layer.
-        UnsupportedModelError: The model has no routed experts.
+        UnsupportedModelError: The model's layers are not found.
     """
     stack = find_layers(_unwrapped(model))
     num_layers = len(list(stack.children()))
