@@ -52,6 +52,11 @@ def hidden(weight: float, passes: int = 12, **own: Any) -> dict[str, Any]:
     return {**kept, "num_train_epochs": passes, **_LIMIT, **own}
 
 
+def share(weight: float) -> dict[str, Any]:
+    """The file's own settings, but for the weight: of hidden states kept as shares of their norms."""
+    return {"retain_loss": "relative_embed_diff", "retain_weight": weight, "rmu_layer": -1}
+
+
 _OLD = {"retain_weight": 8.0, "rmu_layer": None, "num_train_epochs": 12, "calibrate": "auto"}
 _ONE = {"num_target_experts": 1, "learning_rate": 1e-2}
 _STEERED = {"forget_loss": "rmu", "beta": 10.0, "completion_only_loss": False, "calibrate": False}
@@ -71,6 +76,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hidden 3, 48 passes, refusals 0.2": hidden(3.0, 48, alternative_weight=0.2),
     "hidden 10, 48 passes": hidden(10.0, 48),
     "hidden 3, 96 passes, limit 0.1": hidden(3.0, 96, calibrate_forget_limit=0.1),
+    **{f"share {weight}": share(weight) for weight in (10, 30, 100, 300, 1000, 3000)},
     "rmu, hidden 3": hidden(3.0, **_STEERED),
     "rmu, hidden 30": hidden(30.0, **_STEERED),
     "rmu, hidden 30, 24 passes": hidden(30.0, 24, **_STEERED),
