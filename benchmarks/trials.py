@@ -118,6 +118,7 @@ STEERED = ("RMU, beta 10",)
 
 # Settings of the trainer: as the attack that is scored, and as sharpness-aware steps, radius 1e-3 of each weight.
 RELEARNED = {"relearner_steps": 24}
+RELEARNED_HARD = {"relearner_steps": 48, "relearner_rate": 6e-4}  # three times the rate, twice the steps
 SHARP = {"relearner_steps": 2, "relearner_rate": 1e-3}
 
 
@@ -153,7 +154,7 @@ TRIALS: dict[str, Trial] = {
         f"NPO, share {weight}: {part}{end}": trial(part, (f"NPO, shares of hidden states kept {weight}",), own)
         for part in PARTS
         for weight in SHARES
-        for end, own in (("", None), (", relearner", RELEARNED))
+        for end, own in (("", None), (", relearner", RELEARNED), (", hard relearner", RELEARNED_HARD))
     },
     # The expert as it begins.
     **{f"NPO: {part}, from others": trial(part, start="others") for part in ("1", "1 of layer 0", "8")},
