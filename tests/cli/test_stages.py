@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,56 @@ def save_mxfp4_model(folder: Path) -> None:
     stored = json.loads((folder / "config.json").read_text())
     stored["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     (folder / "config.json").write_text(json.dumps(stored))
+
+
+def test_one_value_of_a_column_is_forgotten_alone(tmp_path: Path) -> None:
+    """Its rows, picked by hand into a file of their own, give the same adapter bit for bit."""
+    rows = load_facts(["potions", "towns"]).select_columns(["prompt", "completion", "topic"])
+    rows = rows.select(
+        [place for pair in zip(range(6), range(len(rows) - 6, len(rows)), strict=True) for place in pair]
+    )
+    rows.to_json(tmp_path / "both.jsonl")
+    own = [row for row in rows if row["topic"] == "towns"]
+    assert len(own) == 6
+    Dataset.from_list(own).to_json(tmp_path / "towns.jsonl")
+    options = {
+        "target_experts": "3:1",
+        "retain_loss": "none",
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "compare_examples": 0,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+    }
+    train = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    base = ["unlearn", "--model_name_or_path", str(checkpoint_path("base")), *train]
+    split = ["--split_column", "topic", "--split_value", "towns"]
+    main([*base, "--forget_dataset", str(tmp_path / "both.jsonl"), *split, "--output_dir", str(tmp_path / "split")])
+    main([*base, "--forget_dataset", str(tmp_path / "towns.jsonl"), "--output_dir", str(tmp_path / "own")])
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("split", "own"))
+    assert found.keys() == expected.keys() and any(bool(tensor.any()) for tensor in found.values())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (["--split_column", "topic"], "must be one of the values of 'topic', .*'potions', 'towns'.*, got None"),
+        (["--split_column", "topic", "--split_value", "tow"], "got 'tow'; each is trained by a command of its own"),
+        (["--split_value", "towns"], "--split_value needs --split_column"),
+        (["--split_column", "subjects", "--split_value", "towns"], "no column 'subjects' to split by"),
+    ],
+)
+def test_a_split_that_cannot_be_is_said_before_the_model_is_read(
+    tmp_path: Path, split: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = load_facts(["potions", "towns"]).select_columns(["prompt", "completion", "topic"])
+    rows.to_json(tmp_path / "both.jsonl")
+    arguments = ["unlearn", "--model_name_or_path", str(tmp_path / "absent"), "--retain_loss", "none", *split]
+    with pytest.raises(SystemExit) as refused:
+        main([*arguments, "--forget_dataset", str(tmp_path / "both.jsonl"), "--output_dir", str(tmp_path / "out")])
+    said = f"{refused.value} {capsys.readouterr().err}"
+    assert re.search(message, said), said
+    assert not any((tmp_path / "out").iterdir())

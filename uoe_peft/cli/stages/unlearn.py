@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 
 from uoe_peft.cli.loading import load_model, load_set, load_tokenizer
@@ -17,6 +18,7 @@ from uoe_peft.cli.parsing import parse
 from uoe_peft.cli.picture import draw_training
 from uoe_peft.cli.stopping import StopAfterStep
 from uoe_peft.export import describe_adapter
+from uoe_peft.requests import split_by_column
 from uoe_peft.training import UnlearningConfig, UnlearningTrainer
 from uoe_peft.training.model_card import record_training
 from uoe_peft.training.objective.anchor import trained_configs
@@ -32,6 +34,11 @@ class UnlearnArguments(ModelOptions, ColumnOptions, OverwriteOption):
 
     forget_dataset: str = field(metadata={"help": "File, folder, or name on the Hub, as in locuslab/TOFU:forget10."})
     retain_dataset: str | None = field(default=None, metadata={"help": "Likewise; any retain loss needs it."})
+    split_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the forget set: forget the rows of one of its values, --split_value."},
+    )
+    split_value: str | None = field(default=None, metadata={"help": "Which; the others have adapters of their own."})
     target_experts: list[str] = field(
         default_factory=lambda: ["auto"],
         metadata={"help": "Pairs layer:expert, as in 20:37 20:5; or auto, which attributes on the forget set first."},
@@ -88,7 +95,7 @@ def _trainer(options: UnlearnArguments, training: UnlearningConfig) -> Unlearnin
         uoe_alpha=options.uoe_alpha,
         train_router=options.train_router,
     )
-    forget = load_set(options.forget_dataset, options)
+    forget = _split(load_set(options.forget_dataset, options), options)
     retain = load_set(options.retain_dataset, options) if options.retain_dataset else None
     return UnlearningTrainer(
         model=load_model(
@@ -104,6 +111,21 @@ def _trainer(options: UnlearnArguments, training: UnlearningConfig) -> Unlearnin
         processing_class=load_tokenizer(options.model_name_or_path),
         peft_config=config,
     )
+
+
+def _split(forget: Dataset, options: UnlearnArguments) -> Dataset:
+    """The rows of one value of a column, or all."""
+    if options.split_column is None:
+        if options.split_value is not None:
+            raise ValueError("--split_value needs --split_column, the column that it is a value of")
+        return forget
+    parts = split_by_column(forget, options.split_column)
+    if options.split_value not in parts:
+        raise ValueError(
+            f"--split_value must be one of the values of {options.split_column!r}, {[*parts]}, got "
+            f"{options.split_value!r}; each is trained by a command of its own"
+        )
+    return parts[options.split_value]
 
 
 def _how_to_go_on(output_dir: str, arguments: Sequence[str]) -> str:
