@@ -22,8 +22,8 @@ def split_by_column(forget_dataset: Dataset, column: str) -> dict[str, Dataset]:
         By value, as a string, its rows, which name an adapter well: `{"potions": ..., "towns": ...}`.
 
     Raises:
-        ValueError: There are no rows; or the column is absent, has one value alone, rows without any, or values of another
-            type.
+        ValueError: There are no rows; or the column is absent, has one value alone, rows without any, or values of
+            another type.
     """
     if column not in forget_dataset.column_names:
         raise ValueError(f"the forget set has no column {column!r} to split by; it has {forget_dataset.column_names}")
