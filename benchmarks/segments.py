@@ -33,9 +33,10 @@ weights, float32, starting at the last layer with routed experts.
   values than it had. A cache keeps no padding. Real tokens never see it, but experts then multiply matrices of another
   height, and the last bit may be rounded another way.
 - **Prefix cache**: whether training uses it. Before it is trusted it is tried on two rows of the user's own.
-- **Ends**: losses that read one layer's output (`rmu`, `embed_diff`) run nothing above it: whether that output then has
-  the same bits. **Chunks**: whether the LM head can be applied to some tokens at a time, so that the logits of a long
-  vocabulary never stand in memory at once. Both are tried likewise, and left out where they fail.
+- **Ends**: losses that read one layer's output (`rmu`, `embed_diff`, `relative_embed_diff`) run nothing above it:
+  whether that output then has the same bits. **Chunks**: whether the LM head can be applied to some tokens at a time,
+  so that the logits of a long vocabulary never stand in memory at once. Both are tried likewise, and left out where
+  they fail.
 
 | Family | Same bits | Other padding | Prefix cache | Ends | Chunks |
 |---|---|---|---|---|---|

@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PromptTuningConfig
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from tests.dense.conftest import FAMILIES, HIDDEN, LAYERS, make_model
 from tests.training.conftest import make_args
@@ -37,10 +43,20 @@ def test_what_enters_a_layer_of_a_dense_model(family: str) -> None:
 
 def test_layers_under_another_name_are_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4))
-    with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel has no Mixture-of-Experts block"):
+    with pytest.raises(
+        UnsupportedModelError, match="GPT2LMHeadModel has neither routed experts nor a decoder with a list"
+    ):
         find_layers(model)
 
 
+def test_a_decoder_with_an_encoder_beside_is_refused() -> None:
+    sizes = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=50, d_model=8, encoder_ffn_dim=12, decoder_ffn_dim=12, **sizes)
+    with pytest.raises(UnsupportedModelError, match="or it has an encoder beside"):
+        find_layers(BartForConditionalGeneration(config))
+
+
+@pytest.mark.parametrize("config", [lora(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")], ids=type)
 @pytest.mark.parametrize("layer_idx", [1, -1])
 def test_hidden_states_are_kept_by_the_plain_formula(
     forget: Dataset,
@@ -48,6 +64,7 @@ def test_hidden_states_are_kept_by_the_plain_formula(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     layer_idx: int,
+    config: PeftConfig,
 ) -> None:
     args = make_args(
         output_dir=str(tmp_path), forget_weight=0, retain_loss="embed_diff", retain_weight=7, rmu_layer=layer_idx
@@ -58,7 +75,7 @@ def test_hidden_states_are_kept_by_the_plain_formula(
         train_dataset=forget,
         retain_dataset=retain,
         processing_class=tokenizer,
-        peft_config=lora(),
+        peft_config=config,
     )
     torch.manual_seed(3)
     with torch.no_grad():
@@ -69,6 +86,7 @@ def test_hidden_states_are_kept_by_the_plain_formula(
     total, count = 0.0, 0
     for ids, labels in zip(batch["retain"]["input_ids"], batch["retain"]["labels"], strict=True):
         new, old = (after(model, layer_idx % LAYERS, ids) for model in (trainer.model, make_model()))
+        new = new[-len(ids) :]  # tokens of prompt tuning come first
         for t in range(1, len(ids)):
             if labels[t] != -100:
                 total += float((new[t - 1] - old[t - 1]).square().sum()) / HIDDEN

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from uoe_peft.requests import split_by_column
 
@@ -48,7 +48,7 @@ def test_rows_that_were_selected_are_split_as_they_are_seen() -> None:
         ("subject", r"no column 'subject' to split by; it has \['prompt', 'topic'"),
         ("same", r"'same' has one value, \['x'\]"),
         ("score", r"'score' holds \['float'\]"),
-        ("lacking", r"'lacking' holds \['NoneType'\]"),
+        ("lacking", r"'lacking' holds \['NoneType', 'str'\]"),
     ],
 )
 def test_what_cannot_be_split_is_refused(column: str, message: str) -> None:
@@ -60,3 +60,26 @@ def test_an_empty_set_is_refused() -> None:
     empty: Any = ROWS.select([])
     with pytest.raises(ValueError, match="has no rows"):
         split_by_column(empty, "topic")
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", "arrow"])
+def test_the_format_of_the_rows_does_not_matter_and_stays(form: str) -> None:
+    rows = ROWS.with_format(form, columns=["year"])
+    found = split_by_column(rows, "topic")
+    assert {value: len(part) for value, part in found.items()} == {"towns": 3, "potions": 2}
+    assert all(part.format == rows.format for part in found.values())
+
+
+def test_class_labels_go_by_their_names() -> None:
+    features = Features({"prompt": Value("string"), "topic": ClassLabel(names=["potions", "towns"])})
+    rows = Dataset.from_dict({"prompt": ["a", "b", "c"], "topic": [1, 0, 1]}, features=features)
+    assert {value: [*part["prompt"]] for value, part in split_by_column(rows, "topic").items()} == {
+        "towns": ["a", "c"],
+        "potions": ["b"],
+    }
+
+
+def test_rows_that_are_streamed_are_refused() -> None:
+    rows: Any = ROWS.to_iterable_dataset()
+    with pytest.raises(TypeError, match=r"got IterableDataset; load it whole"):
+        split_by_column(rows, "topic")

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from uoe_peft.errors import UnsupportedModelError
+from uoe_peft.errors import NoExpertsError, UnsupportedModelError
 from uoe_peft.moe.experts import ListedExperts, expert_storage, unwrap
 from uoe_peft.moe.storage import ExpertStorage
 
@@ -69,7 +69,8 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
     if not found:
         # A list of MLPs without a router is most likely none of experts: it says nothing about what is missing.
         stacked = [name for name, storage in stored if not isinstance(storage, ListedExperts)]
-        raise UnsupportedModelError(_nothing_found(model, without_router=stacked))
+        kind = UnsupportedModelError if stacked else NoExpertsError
+        raise kind(_nothing_found(model, without_router=stacked))
     blocks = _of_text_decoder(model, found)
     _check_one_per_layer(model, blocks)
     _check_not_shared(model, blocks, others=[block for block in found if block not in blocks])

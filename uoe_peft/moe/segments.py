@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from uoe_peft.errors import UnsupportedModelError
+from uoe_peft.errors import NoExpertsError, UnsupportedModelError
 from uoe_peft.moe.blocks import find_moe_blocks
 from uoe_peft.moe.interventions import find_decoder
 from uoe_peft.moe.lm_head import no_logits
@@ -62,7 +62,8 @@ def find_layers(model: nn.Module) -> nn.Module:
     """The module that holds a model's decoder layers, each under its index; functions of this module take it.
 
     Raises:
-        UnsupportedModelError: The model has no routed experts, and its decoder no list called `layers`.
+        UnsupportedModelError: The model has no routed experts, and its decoder no list called `layers` or an encoder
+            beside it; or its experts are none that this package reads.
     """
     name = _layers_names.get(model)
     if name is None:
@@ -73,11 +74,15 @@ def find_layers(model: nn.Module) -> nn.Module:
 def _layers_name(model: nn.Module) -> str:
     try:
         block = find_moe_blocks(model)[0]
-    except UnsupportedModelError:
+    except NoExpertsError as error:
         # A dense model, which rivals are trained on. A list alone says that the children are layers, in their order.
         layers = getattr(find_decoder(model), "layers", None)
-        if not isinstance(layers, nn.ModuleList):
-            raise
+        encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if encodes or not isinstance(layers, nn.ModuleList):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has neither routed experts nor a decoder with a list `layers`, or it has an "
+                "encoder beside: choose losses that read no layer's output, and prefix_cache=False"
+            ) from error
         return next(name for name, module in model.named_modules() if module is layers)
     parts = block.experts_name.split(".")
     return ".".join(parts[: parts.index(str(block.layer_idx))])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 
 def split_by_column(forget_dataset: Dataset, column: str) -> dict[str, Dataset]:
@@ -16,25 +14,39 @@ def split_by_column(forget_dataset: Dataset, column: str) -> dict[str, Dataset]:
 
     Args:
         forget_dataset: Any rows.
-        column: A column of strings, whole numbers or booleans.
+        column: A column of strings, whole numbers, booleans or class labels.
 
     Returns:
-        By value, as a string, its rows, which name an adapter well: `{"potions": ..., "towns": ...}`.
+        By value, as a string, its rows: `{"potions": ..., "towns": ...}`. A class label goes by its name.
 
     Raises:
+        TypeError: It is no `datasets.Dataset`, such as one that is streamed.
         ValueError: There are no rows; or the column is absent, has one value alone, rows without any, or values of
-            another type.
+            another type or of several.
     """
+    return {value: forget_dataset.select(places) for value, places in places_by_value(forget_dataset, column).items()}
+
+
+def places_by_value(forget_dataset: Dataset, column: str) -> dict[str, list[int]]:
+    """By value, as a string, the places of its rows; arguments and errors as those of :func:`split_by_column`."""
+    if not isinstance(forget_dataset, Dataset):
+        raise TypeError(f"expected a datasets.Dataset to split, got {type(forget_dataset).__name__}; load it whole")
     if column not in forget_dataset.column_names:
         raise ValueError(f"the forget set has no column {column!r} to split by; it has {forget_dataset.column_names}")
-    values = forget_dataset[:][column]
+    # This column alone is read, as plain Python values, whatever format the rows are in.
+    values = forget_dataset.with_format(None).select_columns(column)[:][column]
     if not values:
         raise ValueError("the forget set has no rows")
-    if wrong := sorted({type(value).__name__ for value in values if not isinstance(value, (str, int))}):
-        raise ValueError(f"column {column!r} holds {wrong}, expected a string or a whole number in every row")
-    places: dict[Any, list[int]] = {}
-    for place, value in enumerate(values):
-        places.setdefault(value, []).append(place)
+    types = sorted({type(value).__name__ for value in values})
+    if types not in (["str"], ["int"], ["bool"]):
+        raise ValueError(
+            f"column {column!r} holds {types}, expected strings, or whole numbers, or booleans, one in every row"
+        )
+    feature = forget_dataset.features[column]
+    names = feature.int2str(values) if isinstance(feature, ClassLabel) else values
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(str(name), []).append(place)
     if len(places) < 2:
         raise ValueError(f"column {column!r} has one value, {[*places]}: there is nothing to split")
-    return {str(value): forget_dataset.select(own) for value, own in places.items()}
+    return places

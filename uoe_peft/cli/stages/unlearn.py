@@ -18,7 +18,7 @@ from uoe_peft.cli.parsing import parse
 from uoe_peft.cli.picture import draw_training
 from uoe_peft.cli.stopping import StopAfterStep
 from uoe_peft.export import describe_adapter
-from uoe_peft.requests import split_by_column
+from uoe_peft.requests.split import places_by_value
 from uoe_peft.training import UnlearningConfig, UnlearningTrainer
 from uoe_peft.training.model_card import record_training
 from uoe_peft.training.objective.anchor import trained_configs
@@ -36,7 +36,7 @@ class UnlearnArguments(ModelOptions, ColumnOptions, OverwriteOption):
     retain_dataset: str | None = field(default=None, metadata={"help": "Likewise; any retain loss needs it."})
     split_column: str | None = field(
         default=None,
-        metadata={"help": "Column of the forget set: forget the rows of one of its values, --split_value."},
+        metadata={"help": "Column of the forget set, renamed ones by their new name: forget one of its values."},
     )
     split_value: str | None = field(default=None, metadata={"help": "Which; the others have adapters of their own."})
     target_experts: list[str] = field(
@@ -119,13 +119,15 @@ def _split(forget: Dataset, options: UnlearnArguments) -> Dataset:
         if options.split_value is not None:
             raise ValueError("--split_value needs --split_column, the column that it is a value of")
         return forget
-    parts = split_by_column(forget, options.split_column)
-    if options.split_value not in parts:
+    places = places_by_value(forget, options.split_column)
+    value = options.split_value if options.split_value is None else str(options.split_value)  # YAML reads numbers
+    if value not in places:
+        known = ", ".join([*map(repr, [*places][:10]), *([f"and {len(places) - 10} more"] if len(places) > 10 else [])])
         raise ValueError(
-            f"--split_value must be one of the values of {options.split_column!r}, {[*parts]}, got "
-            f"{options.split_value!r}; each is trained by a command of its own"
+            f"--split_value must be one of the values of {options.split_column!r}, {known}, got {value!r}; each is "
+            "trained by a command of its own (in YAML, quote a value such as no or true)"
         )
-    return parts[options.split_value]
+    return forget.select(places[value])
 
 
 def _how_to_go_on(output_dir: str, arguments: Sequence[str]) -> str:

@@ -141,7 +141,8 @@ def forward_answers(
             predictions = _logits_in_chunks(model, batch, positions, cast(int, logits_at_once))
         else:
             predictions = _logits_at_once(model, batch, positions)
-    hidden = _at(outputs[-1], positions) if outputs else None
+    # Prompt tuning puts tokens of its own before those of the batch.
+    hidden = _at(outputs[-1][:, -positions.shape[1] :], positions) if outputs else None
     return AnswerOutputs(targets, rows, labels.shape[0], predictions, hidden)
 
 
