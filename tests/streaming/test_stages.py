@@ -90,10 +90,11 @@ def test_moments_of_several_layers(
     )
 
 
+@pytest.mark.parametrize("retain_loss", ["embed_diff", "relative_embed_diff"])
 def test_training_at_the_edited_layer_leaves_the_others_on_disk(
-    opened: Open, resident: PreTrainedModel, tokenizer: Any, sets: Sets, tmp_path: Path
+    opened: Open, resident: PreTrainedModel, tokenizer: Any, sets: Sets, tmp_path: Path, retain_loss: str
 ) -> None:
-    options: dict[str, Any] = {"forget_loss": "rmu", "retain_loss": "embed_diff"}
+    options: dict[str, Any] = {"forget_loss": "rmu", "retain_loss": retain_loss}
     streamed = opened()
     found = trained(streamed, sets, tokenizer, tmp_path / "streamed", **options)
     assert_same(deltas(found.model), deltas(trained(resident, sets, tokenizer, tmp_path / "resident", **options).model))
