@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PromptTuningConfig
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -46,6 +46,21 @@ def test_layers_under_another_name_are_refused() -> None:
     with pytest.raises(
         UnsupportedModelError, match="GPT2LMHeadModel has neither routed experts nor a decoder with a list"
     ):
+        find_layers(model)
+
+
+@pytest.mark.parametrize(("routers", "message"), [(0, "no router beside"), (2, "several Mixture-of-Experts blocks")])
+def test_experts_that_cannot_be_read_are_not_taken_for_a_dense_model(routers: int, message: str) -> None:
+    model = make_model()
+    for number in range(max(1, routers)):
+        block, experts = nn.Module(), nn.Module()
+        experts.gate_up_proj = nn.Parameter(torch.zeros(5, 2 * 12, HIDDEN))
+        experts.down_proj = nn.Parameter(torch.zeros(5, HIDDEN, 12))
+        block.experts = experts
+        if routers:
+            block.gate = nn.Linear(HIDDEN, 5, bias=False)
+        setattr(model.model.layers[1], f"block_{number}", block)
+    with pytest.raises(UnsupportedModelError, match=message):
         find_layers(model)
 
 
