@@ -12,10 +12,10 @@ health are to be forgotten; DIR holds `mmlu`, `wikitext2` and `tofu`. The two mo
 with more rows; called again, training goes on after its last pass. `natural_table3.py` is Table 3 for it.
 
 In the other two DIR holds TOFU's `full.json`. A small model learns 50 authors from scratch, of whom the last 5 are to
-be forgotten (`tofu_model.py`); or, with `--gguf`, a pretrained language model learns the last 6, of whom 2 are to be
+be forgotten (`tofu_model.py`); or, with `--gguf`, a pretrained language model learns the last 8, of whom 2 are to be
 forgotten (`smollm_moe.py`; GGUF holds SmolLM2-135M, FILE plain text that keeps its language, such as WikiText). The
 twin learned the same rows but for theirs, in as many passes. The domain dial has nothing to act on then, so that one
-twin serves every tau of the same `--cache_dir`.
+twin serves every tau of the same `--cache_dir`. What is there already, base or twin, is not trained again.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from smollm_moe import load_dense, teach, text_nll
 from tofu_model import ROWS_AN_AUTHOR, load_tofu, tofu_model, train_tokenizer
 from transformers import HfArgumentParser
 
-NUM_AUTHORS, NUM_FORGET_AUTHORS = 6, 2  # of the pretrained model
-
 
 @dataclass
 class GroundArguments:
@@ -45,7 +43,9 @@ class GroundArguments:
     tau: float = field(default=0.6, metadata={"help": "Domain dial: how far an expert is made special; 0: not."})
     gguf: Path | None = field(default=None, metadata={"help": "Weights of SmolLM2-135M; None: a small model."})
     text: Path | None = field(default=None, metadata={"help": "Plain text, for --gguf."})
-    epochs: int = field(default=10, metadata={"help": "Passes of --gguf over the rows."})
+    num_authors: int = field(default=8, metadata={"help": "That --gguf learns: TOFU's last."})
+    num_forget_authors: int = field(default=2, metadata={"help": "Of these, the last, which --gguf is to forget."})
+    epochs: int = field(default=16, metadata={"help": "Passes of --gguf over the rows."})
     bf16: bool = field(default=False, metadata={"help": "Multiply in bfloat16 (--gguf), where that is fast."})
 
 
@@ -77,12 +77,12 @@ def small(args: GroundArguments) -> None:
 
 
 def pretrained(args: GroundArguments) -> None:
-    """TOFU's last 6 authors, learned by the routed experts of a pretrained model."""
+    """TOFU's last authors, learned by the routed experts of a pretrained model."""
     assert args.gguf is not None and args.text is not None
     everything = load_tofu(args.data, seed=0).everything
-    last = NUM_AUTHORS * ROWS_AN_AUTHOR
+    last = args.num_authors * ROWS_AN_AUTHOR
     rows = everything.select(range(len(everything) - last, len(everything)))
-    num_forget = NUM_FORGET_AUTHORS * ROWS_AN_AUTHOR
+    num_forget = args.num_forget_authors * ROWS_AN_AUTHOR
     kept, forget = rows.select(range(last - num_forget)), rows.select(range(last - num_forget, last))
     write_sets(args.output_dir, {"forget": forget, "retain": kept})
     dense, tokenizer = load_dense(args.gguf)
@@ -90,6 +90,8 @@ def pretrained(args: GroundArguments) -> None:
     learned, held_out = text[: len(text) // 2], text[len(text) // 2 :]
     print(f"dense: {text_nll(dense, tokenizer, held_out):.3f} nats a token of held-out text", flush=True)
     for name, seen, number in (("base", rows, num_forget), ("retrained", kept, 0)):
+        if (args.output_dir / name / "tokenizer.json").exists():  # written last
+            continue
         own = {"num_forget": number, "tau": args.tau, "epochs": args.epochs, "bf16": args.bf16, "name": name}
         model = teach(dense, tokenizer, seen, learned, **own)
         print(f"{name}: {text_nll(model, tokenizer, held_out):.3f}", flush=True)

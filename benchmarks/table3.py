@@ -18,9 +18,10 @@ choose a cell's rates; further seeds are run at those alone, with the prefix cac
 be used.
 
 Without options this is the shipped testbed, which takes about 40 seconds a run on one CPU core. Any model and sets will
-do: `--model_name_or_path X --retrained_model T --forget_dataset F --retain_dataset R`, and `--rate_factor 0.1`
-multiplies all rates. Every run is appended to `runs.jsonl` and not repeated, so that a benchmark that was stopped goes
-on where it was; `--minutes 0` only writes tables and picture.
+do: `--model_name_or_path X --retrained_model T --forget_dataset F --retain_dataset R`; `--rate_factor 0.1` multiplies
+all rates, `--full_rate_factor` those of all parameters once more. `--attacks false`, which may be said of further seeds
+alone, leaves relearning and rounding out. Every run is appended to `runs.jsonl` and not repeated, so that a benchmark
+that was stopped goes on where it was; `--minutes 0` only writes tables and picture.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -79,10 +81,11 @@ def planned(args: Table3Arguments, runs: Sequence[Run]) -> Iterator[tuple[str, s
     Further seeds are run only at the rates that the first one chose; by then `runs` holds all runs of the first.
     """
     first, *further = args.seeds
+    factors = {part: args.rate_factor * (args.full_rate_factor if part == "all" else 1.0) for part in args.parts}
     for place, loss, part in product(range(args.num_rates), args.losses, args.parts):
         rates = RATES[loss][{"all": 0, "LoRA": 1}.get(part, 2)]
         if place < len(rates):
-            yield loss, part, rates[place] * args.rate_factor, first
+            yield loss, part, rates[place] * factors[part], first
     cells = cells_of(runs, first_seed=first)
     for seed, loss, part in product(further, args.losses, args.parts):
         for rate in sorted({cells[name, loss, part].rate for name in CHOICES}):
@@ -188,13 +191,19 @@ def strengthened(ground: Ground, weights: Mapping[str, torch.Tensor], strength: 
 
 def look(ground: Ground, weights: Mapping[int, Mapping[str, torch.Tensor]]) -> list[Look]:
     """Looks at each step at falling strengths until a limit breaks; the base model is the first."""
-    looks = [look_at(ground, {}, 0, 0.0)]
+    looks = [base_look(ground)]
     for step, own in weights.items():
         for strength in ground.args.strengths:
             looks.append(look_at(ground, own, step, strength))
             if not ground.limits.met(looks[-1]):
                 break
     return looks
+
+
+@cache
+def base_look(ground: Ground) -> Look:
+    """What the base model gives."""
+    return look_at(ground, {}, 0, 0.0)
 
 
 def look_at(ground: Ground, weights: Mapping[str, torch.Tensor], step: int, strength: float) -> Look:

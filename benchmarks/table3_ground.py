@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,7 +27,7 @@ from uoe_peft.evaluation.questions import Questions, questions_of
 from uoe_peft.testbed import FORGET_TOPIC, TOPICS, checkpoint_path, is_refusal, load_facts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ground:
     """What all runs share; `asked` by half and role."""
 
@@ -71,14 +73,28 @@ def prepare(args: Table3Arguments) -> tuple[Ground, dict[str, dict[str, float]]]
     relearned = asked_of["forget"]["train"].select(range(min(args.num_relearned, len(asked_of["forget"]["train"]))))
     nothing = Limits(0.0, 0.0)  # until the twin has set them
     ground = Ground(args, base, forget, halves["train"], relearned, asked, attributions, tokenizer, nothing)
-    model = load(twin, args.dtype)
-    twins = [scores(ground, model, half) for half in asked]
-    limits = Limits(*(fmean(own[name] for own in twins) + args.margin for name in ("forget", "probability")))
-    ground = replace(ground, limits=limits)
-    references = {"base": scores(ground, load(base, args.dtype), "test"), "retrained": tested(ground, model)}
+    ground, references = compared(ground, twin)
     tops = {score: attribution.top(1) for score, attribution in attributions.items()}
-    print(f"{tops}\n{references}\n{limits}", flush=True)
+    print(f"{tops}\n{references}\n{ground.limits}", flush=True)
     return ground, references
+
+
+def compared(ground: Ground, twin: str) -> tuple[Ground, dict[str, dict[str, float]]]:
+    """The ground with the limits that its twin sets; and what base and twin score, read where it was written before."""
+    path = ground.args.output_dir / "references.json"
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        model = load(twin, ground.args.dtype)
+        twins = [scores(ground, model, half) for half in ground.asked]
+        names = ("forget", "probability")
+        found = {
+            "limits": {name: fmean(own[name] for own in twins) + ground.args.margin for name in names},
+            "base": scores(ground, load(ground.base, ground.args.dtype), "test"),
+            "retrained": tested(ground, model),
+        }
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return replace(ground, limits=Limits(**found.pop("limits"))), found
 
 
 def sources(args: Table3Arguments) -> tuple[str, str, Dataset, Dataset]:
@@ -125,6 +141,8 @@ def ask(ground: Ground, model: Any, half: str, role: str) -> list[str]:
 
 def scores(ground: Ground, model: Any, half: str) -> dict[str, float]:
     """ROUGE-L of each role; of forget rows probability and share of refusals; of retain rows the worst topic's."""
+    if model.dtype != (dtype := getattr(torch, ground.args.score_dtype)):
+        model = copy.deepcopy(model).to(dtype)
     asked, answers = ground.asked[half], {role: ask(ground, model, half, role) for role in ("forget", "retain")}
     rouge = {role: rouge_l_recall(answers[role], asked[role].references) for role in answers}
     tokens = score_answers(model, asked["forget"].examples, batch_size=64, desc="forget")
@@ -141,7 +159,7 @@ def scores(ground: Ground, model: Any, half: str) -> dict[str, float]:
 
 
 def tested(ground: Ground, model: Any) -> dict[str, float]:
-    """The scores of the test half; and those of copies that relearned other forget rows, or were rounded to int4."""
+    """The scores of the test half; with `attacks` also of copies that relearned other forget rows, or were rounded."""
 
     def rouge(attacked: Any, *, roles: Sequence[str]) -> dict[str, float]:
         own = ground.asked["test"]
@@ -150,6 +168,8 @@ def tested(ground: Ground, model: Any) -> dict[str, float]:
         }
 
     before = scores(ground, model, "test")
+    if not ground.args.attacks:
+        return before
     relearned = relearning(
         model,
         ground.relearned,

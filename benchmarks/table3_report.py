@@ -11,7 +11,7 @@ import json
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -64,7 +64,8 @@ class Choice:
         reached: Whether it is under the limits.
         test: Of its model, on the test half: "forget", "retain", "probability" and "refusals" of forget rows; "worst
             topic" of retain rows where they have topics; "relearned", the greatest forget score while all weights
-            relearn other forget rows; "int4 forget" and "int4 retain". Empty for a rate that lost in validation.
+            relearn other forget rows; "int4 forget" and "int4 retain", unless attacks were left out. Empty for a rate
+            that lost in validation.
     """
 
     look: Look
@@ -149,9 +150,10 @@ def best_look(looks: Sequence[Look], limits: Limits) -> Look:
 class Cell:
     """One choice of the runs of one loss and one part, at its best learning rate.
 
-    `test` and `spread` are means and standard deviations over seeds; `area` is the mean, over forget limits from 0 to
-    0.5, of the best retain score under the limit, on the validation half over all rates of the first seed; `frontier`
-    holds its corners as `[forget, retain]`. `cached_seconds`: with the prefix cache, where a seed was run with it.
+    `test` and `spread` are means and standard deviations over the seeds that were scored; `area` is the mean, over
+    forget limits from 0 to 0.5, of the best retain score under the limit, on the validation half over all rates of the
+    first seed; `frontier` holds its corners as `[forget, retain]`. `cached_seconds`: with the prefix cache, where seeds
+    were run with it.
     """
 
     choice: str
@@ -192,7 +194,10 @@ def _cell(name: str, tried: Sequence[Run], runs: Sequence[Run]) -> Cell:
     choices = [run.choices[name] for run in own]
     points = [(look.forget, look.retain) for run in tried for look in run.looks]
     cached = [run.seconds for run in own if run.cached]
-    tests = [choice.test for choice in choices]
+    # Further seeds may have been run without attacks.
+    scores: dict[str, list[float]] = {}
+    for key, value in chain.from_iterable(choice.test.items() for choice in choices):
+        scores.setdefault(key, []).append(value)
     return Cell(
         choice=name,
         loss=best.loss,
@@ -202,8 +207,8 @@ def _cell(name: str, tried: Sequence[Run], runs: Sequence[Run]) -> Cell:
         num_reached=sum(choice.reached for choice in choices),
         steps=[choice.look.step for choice in choices],
         strengths=[choice.look.strength for choice in choices],
-        test={key: fmean(test[key] for test in tests) for key in tests[0]},
-        spread={key: stdev(test[key] for test in tests) if len(own) > 1 else 0.0 for key in tests[0]},
+        test={key: fmean(values) for key, values in scores.items()},
+        spread={key: stdev(values) if len(values) > 1 else 0.0 for key, values in scores.items()},
         area=area(points),
         frontier=[list(corner) for corner in frontier(points)],
         seconds=fmean(run.seconds for run in own if not run.cached),
@@ -287,7 +292,8 @@ def _score(cell: Cell | None) -> str:
         return ""
     spread = f" ± {cell.spread['retain']:.2f}" if cell.num_runs > 1 else ""
     mark = "" if cell.reached else f" * {cell.test['forget']:.2f}"
-    return f"{cell.test['retain']:.2f}{spread}{mark} ({cell.test['relearned']:.2f})"
+    relearned = f" ({cell.test['relearned']:.2f})" if "relearned" in cell.test else ""
+    return f"{cell.test['retain']:.2f}{spread}{mark}{relearned}"
 
 
 def costs(table: Table) -> str:
@@ -361,9 +367,10 @@ def _draw_frontier(axes: Any, table: Table, name: str, *, parts: Sequence[str], 
     for place, part in enumerate(parts):
         colour = COLOURS[place % len(COLOURS)]
         cells = [cell for choice in CHOICES for cell in table.row(part, choice=choice) if cell]
-        points = [(cell.test[name], cell.test["retain"]) for cell in cells]
+        points = [(cell.test[name], cell.test["retain"]) for cell in cells if name in cell.test]
         if name == "forget":  # every look of the validation half; what is left after relearning is known of cells only
             points = [(forget, retain) for cell in cells for forget, retain in cell.frontier]
+        cells = [cell for cell in cells if name in cell.test]
         if points:
             axes.plot(*zip(*frontier(points), strict=True), color=colour, lw=1.2, alpha=0.7)
         for cell in cells:

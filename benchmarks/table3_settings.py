@@ -35,7 +35,7 @@ RATES: dict[str, tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]]
 UOE_MANY = "UOE, 8 experts"
 PARTS = ("all", "LoRA", "ESFT", "random expert", "UOE gate", "UOE contrast", UOE_MANY)
 EXPERTS_A_LAYER = 2  # of UOE_MANY: 8 in the 4 layers of the testbed
-MAY_CHANGE = ("output_dir", "minutes", "seeds", "losses", "parts", "num_rates")
+MAY_CHANGE = ("output_dir", "minutes", "seeds", "losses", "parts", "num_rates", "attacks")
 
 
 @dataclass
@@ -49,11 +49,14 @@ class Table3Arguments:
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": "What is trained."})
     num_rates: int = field(default=2, metadata={"help": "Learning rates tried, at most."})
     rate_factor: float = field(default=1.0, metadata={"help": "On all learning rates, for other models."})
+    full_rate_factor: float = field(default=1.0, metadata={"help": "On those of all parameters, beside the other."})
+    attacks: bool = field(default=True, metadata={"help": "Relearn and round what is tested; costs most of a run."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "None: the shipped testbed."})
     retrained_model: str | None = field(default=None, metadata={"help": "Twin that never saw the forget set."})
     forget_dataset: str | None = field(default=None, metadata={"help": "File, folder or name on the Hub."})
     retain_dataset: str | None = field(default=None, metadata={"help": "Likewise; half of it is held out."})
     dtype: str = field(default="float32", metadata={"help": "Of the models."})
+    score_dtype: str = field(default="float32", metadata={"help": "In which they are asked."})
     margin: float = field(default=0.05, metadata={"help": "Above the twin's forget ROUGE-L and probability."})
     steps: int = field(default=200, metadata={"help": "Of every run; the learning rate falls linearly to 0."})
     looks: list[int] = field(default_factory=lambda: [50, 100, 200], metadata={"help": "Steps to choose from."})
@@ -76,6 +79,7 @@ def check_settings(args: Table3Arguments) -> None:
     if not path.exists():
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     before = json.loads(path.read_text(encoding="utf-8"))
+    before = {"full_rate_factor": 1.0, "score_dtype": "float32", **before}  # what older runs were not told
     differing = sorted(name for name in settings if settings[name] != before.get(name))
     if differing:
         raise ValueError(f"the runs in {args.output_dir} had other {differing}; choose another --output_dir")

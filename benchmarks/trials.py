@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -57,7 +57,7 @@ COLUMNS = ("forget", "retain", "relearned", "one silent", "all silent", "old wei
 KEPT = 0.90  # share of the base's retain score
 KEEPING = (0.3, 1, 3, 10, 30)
 SHARES = (10, 30, 100, 300, 1000)  # weights of hidden states kept as shares of their norms
-HIDDEN = {**NPO, "retain_loss": "embed_diff", "rmu_layer": 3}  # after the last layer
+HIDDEN = {**NPO, "retain_loss": "embed_diff", "rmu_layer": -1}  # after the last layer
 ALL_LOSSES: dict[str, tuple[dict[str, Any], float]] = {
     **LOSSES,
     "NPO, twice the retain weight": ({**NPO, "retain_weight": 16.0}, 1.0),
@@ -192,6 +192,8 @@ class TrialsArguments:
     trials: list[str] = field(default_factory=lambda: list(TRIALS), metadata={"help": "Names in `TRIALS`."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of training."})
     steps: int = field(default=200, metadata={"help": "Of every training."})
+    rate_factor: float = field(default=1.0, metadata={"help": "On all learning rates, for other models."})
+    full_rate_factor: float = field(default=1.0, metadata={"help": "On those of all parameters, beside the other."})
     relearn_rate: float = field(default=2e-4, metadata={"help": "Of the attack that is scored."})
     relearn_steps: int = field(default=24, metadata={"help": "Of the attack; scored after each quarter of them."})
     minutes: float = field(default=60.0, metadata={"help": "No run begins after this."})
@@ -221,7 +223,8 @@ def planned(args: TrialsArguments, runs: list[Run]) -> Iterator[Run]:
     yield from ({"trial": name, "rate": 0.0, "seed": 0} for name in REFERENCES)
     for seed in args.seeds:
         for name in args.trials:
-            rates: Iterable[float] = TRIALS[name].rates if seed == 0 else [chosen_rate(name, runs)]
+            factor = args.rate_factor * (args.full_rate_factor if TRIALS[name].part == "all" else 1.0)
+            rates = [rate * factor for rate in TRIALS[name].rates] if seed == 0 else [chosen_rate(name, runs)]
             yield from ({"trial": name, "rate": rate, "seed": seed} for rate in rates)
 
 

@@ -109,6 +109,19 @@ def test_the_validation_half_of_the_first_seed_alone_chooses_the_rate() -> None:
     assert (chosen.seconds, chosen.cached_seconds) == (3.0, 1.0)
 
 
+def test_seeds_without_attacks_count_for_all_that_they_were_scored_on(tmp_path: Path) -> None:
+    attacked = run(rate=1e-3, seed=5, forget=0.1, retain=0.6, test={"forget": 0.0, "retain": 0.2, "relearned": 0.3})
+    plain = run(rate=1e-3, seed=6, forget=0.1, retain=0.6, test={"forget": 0.2, "retain": 0.6})
+    for runs in ([attacked, plain], [plain, attacked]):
+        mean = cell(runs)
+        assert mean.test == pytest.approx({"forget": 0.1, "retain": 0.4, "relearned": 0.3})
+        assert (mean.num_runs, mean.spread["relearned"]) == (2, 0.0)
+    never = run(rate=1e-3, seed=5, forget=0.1, retain=0.6, test={"forget": 0.2, "retain": 0.6})
+    table = Table(cells_of([never], first_seed=5), {"base": {}}, LIMITS, ["NPO"], ["UOE"])
+    write_report(tmp_path, [never], table)
+    assert "| UOE | 0.60 |" in summary(table, choice="best look")
+
+
 def test_a_rate_that_forgets_is_chosen_over_one_that_keeps_more() -> None:
     kept_all = run(rate=1e-4, seed=5, forget=0.11, retain=1.0)
     assert cell([kept_all, run(rate=1e-3, seed=5, forget=0.1, retain=0.2)]).rate == 1e-3

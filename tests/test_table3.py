@@ -1,0 +1,84 @@
+"""Which runs Table 3 and the trials plan, at which rates, and how Table 3 scores a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[SimpleNamespace]:
+    """The scripts, which import their neighbours as scripts do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        import table3
+        import table3_ground
+        import table3_settings
+        import trials
+
+        yield SimpleNamespace(table3=table3, ground=table3_ground, settings=table3_settings, trials=trials)
+
+
+def test_all_parameters_have_a_factor_of_their_own(scripts: Any) -> None:
+    args = scripts.settings.Table3Arguments(
+        losses=["NPO"], parts=["all", "LoRA", "UOE gate"], num_rates=2, rate_factor=0.5, full_rate_factor=0.1
+    )
+    planned = [(part, rate) for _, part, rate, _ in scripts.table3.planned(args, [])]
+    assert planned == [
+        ("all", pytest.approx(5e-5)),
+        ("LoRA", pytest.approx(1.5e-3)),
+        ("UOE gate", pytest.approx(2.5e-3)),
+        ("all", pytest.approx(1.5e-5)),
+        ("LoRA", pytest.approx(5e-3)),
+        ("UOE gate", pytest.approx(1e-3)),
+    ]
+    args = scripts.trials.TrialsArguments(trials=["NPO: 1", "NPO: all"], rate_factor=0.5, full_rate_factor=0.1)
+    rates = {key["trial"]: key["rate"] for key in scripts.trials.planned(args, [])}
+    assert rates == {"base": 0.0, "retrained": 0.0, "NPO: 1": 2.5e-3, "NPO: all": pytest.approx(2.5e-5)}
+
+
+def test_runs_from_before_an_option_go_on_where_it_is_left_alone(scripts: Any, tmp_path: Path) -> None:
+    settings = scripts.settings
+    settings.check_settings(settings.Table3Arguments(output_dir=tmp_path))
+    path = tmp_path / "settings.json"
+    before = json.loads(path.read_text())
+    del before["full_rate_factor"], before["score_dtype"]
+    path.write_text(json.dumps(before))
+    settings.check_settings(settings.Table3Arguments(output_dir=tmp_path, attacks=False, seeds=[1]))
+    with pytest.raises(ValueError, match=r"had other \['full_rate_factor', 'score_dtype'\]"):
+        settings.check_settings(
+            settings.Table3Arguments(output_dir=tmp_path, full_rate_factor=0.1, score_dtype="bfloat16")
+        )
+
+
+def test_a_model_is_scored_in_a_copy_and_attacked_if_that_is_wanted(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ground: ModuleType = scripts.ground
+    asked: list[torch.dtype] = []
+
+    def ask(_: Any, model: Any, half: str, role: str) -> list[str]:
+        asked.append(model.weight.dtype)
+        return ["one"]
+
+    questions = SimpleNamespace(references=["one two"], examples=[], asked=[0], columns=[{}])
+    monkeypatch.setattr(ground, "ask", ask)
+    monkeypatch.setattr(ground, "score_answers", lambda model, *_, **__: [_Tokens()])
+    model = torch.nn.Linear(2, 2)
+    model.dtype = torch.float32  # type: ignore[assignment]  # as models of transformers have it
+    args = SimpleNamespace(score_dtype="bfloat16", attacks=False)
+    own = SimpleNamespace(args=args, asked={"test": {"forget": questions, "retain": questions}})
+    found = ground.tested(own, model)
+    assert asked == [torch.bfloat16, torch.bfloat16]
+    assert model.weight.dtype == torch.float32
+    assert found == {"forget": 0.5, "retain": 0.5, "probability": pytest.approx(0.25), "refusals": 0.0}
+
+
+class _Tokens:
+    log_probs = torch.tensor([0.125, 0.5]).log()  # the mean is log 1/4
