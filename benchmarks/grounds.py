@@ -20,6 +20,7 @@ twin serves every tau of the same `--cache_dir`. What is there already, base or 
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,7 @@ def pretrained(args: GroundArguments) -> None:
     rows = everything.select(range(len(everything) - last, len(everything)))
     num_forget = args.num_forget_authors * ROWS_AN_AUTHOR
     kept, forget = rows.select(range(last - num_forget)), rows.select(range(last - num_forget, last))
+    same_settings(args)
     write_sets(args.output_dir, {"forget": forget, "retain": kept})
     dense, tokenizer = load_dense(args.gguf)
     text = args.text.read_text(encoding="utf-8")
@@ -96,6 +98,23 @@ def pretrained(args: GroundArguments) -> None:
         model = teach(dense, tokenizer, seen, learned, **own)
         print(f"{name}: {text_nll(model, tokenizer, held_out):.3f}", flush=True)
         write_model(args.output_dir / name, model, tokenizer)
+
+
+def same_settings(args: GroundArguments) -> None:
+    """Write what models and sets depend on; or refuse a folder whose are others', so that no ground mixes two.
+
+    Raises:
+        ValueError: What was begun in the folder learned something else.
+    """
+    names = ("num_authors", "num_forget_authors", "epochs", "tau", "bf16")
+    settings = {name: getattr(args, name) for name in names}
+    path = args.output_dir / "ground.json"
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before != settings:
+        raise ValueError(f"{args.output_dir} was begun with {before}, not {settings}; choose another --output_dir")
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which runs Table 3 and the trials plan, at which rates, and how Table 3 scores a model."""
+"""Which runs Table 3 and the trials plan, how a model is scored, and that no ground mixes two."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ def scripts() -> Iterator[SimpleNamespace]:
     """The scripts, which import their neighbours as scripts do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        import grounds
         import table3
         import table3_ground
         import table3_settings
         import trials
 
-        yield SimpleNamespace(table3=table3, ground=table3_ground, settings=table3_settings, trials=trials)
+        yield SimpleNamespace(
+            grounds=grounds, table3=table3, ground=table3_ground, settings=table3_settings, trials=trials
+        )
 
 
 def test_all_parameters_have_a_factor_of_their_own(scripts: Any) -> None:
@@ -78,6 +81,15 @@ def test_a_model_is_scored_in_a_copy_and_attacked_if_that_is_wanted(
     assert asked == [torch.bfloat16, torch.bfloat16]
     assert model.weight.dtype == torch.float32
     assert found == {"forget": 0.5, "retain": 0.5, "probability": pytest.approx(0.25), "refusals": 0.0}
+
+
+def test_a_ground_goes_on_only_with_the_settings_that_it_was_begun_with(scripts: Any, tmp_path: Path) -> None:
+    arguments = scripts.grounds.GroundArguments(data=tmp_path, output_dir=tmp_path / "ground", epochs=3)
+    for _ in range(2):
+        scripts.grounds.same_settings(arguments)
+    arguments.num_authors = 6
+    with pytest.raises(ValueError, match=r"begun with .*'num_authors': 8.*'num_authors': 6"):
+        scripts.grounds.same_settings(arguments)
 
 
 class _Tokens:
