@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+UNUSED_OF_GROUND = ("forget", "retain", "relearned", "attributions", "tokenizer")
+
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[SimpleNamespace]:
@@ -81,6 +83,29 @@ def test_a_model_is_scored_in_a_copy_and_attacked_if_that_is_wanted(
     assert asked == [torch.bfloat16, torch.bfloat16]
     assert model.weight.dtype == torch.float32
     assert found == {"forget": 0.5, "retain": 0.5, "probability": pytest.approx(0.25), "refusals": 0.0}
+
+
+def test_base_and_twin_are_scored_once_for_a_folder(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ground: ModuleType = scripts.ground
+    loaded: list[str] = []
+    by_half = {"validation": {"forget": 0.1, "probability": 0.3}, "test": {"forget": 0.2, "probability": 0.1}}
+    monkeypatch.setattr(ground, "load", lambda name, _: loaded.append(name) or name)
+    monkeypatch.setattr(ground, "scores", lambda _, model, half: {"model": model, **by_half[half]})
+    monkeypatch.setattr(ground, "tested", lambda _, model: {"model": model, "relearned": 0.5})
+    args = SimpleNamespace(output_dir=tmp_path, margin=0.05, dtype="float32")
+    own = ground.Ground(
+        args=args, base="base", asked=dict.fromkeys(by_half), limits=None, **dict.fromkeys(UNUSED_OF_GROUND)
+    )
+    found = [ground.compared(own, "twin") for _ in range(2)]
+    assert loaded == ["twin", "base"]  # of the first call
+    for filled, references in found:
+        assert (filled.limits.forget, filled.limits.probability) == (pytest.approx(0.2), pytest.approx(0.25))
+        assert references == {
+            "base": {"model": "base", **by_half["test"]},
+            "retrained": {"model": "twin", "relearned": 0.5},
+        }
 
 
 def test_a_ground_goes_on_only_with_the_settings_that_it_was_begun_with(scripts: Any, tmp_path: Path) -> None:
