@@ -101,15 +101,17 @@ def pretrained(args: GroundArguments) -> None:
 
 
 def same_settings(args: GroundArguments) -> None:
-    """Write what models and sets depend on; or refuse a folder whose are others', so that no ground mixes two.
+    """Write the settings that models and sets depend on; or refuse a folder with others, so that no ground mixes two.
 
     Raises:
-        ValueError: What was begun in the folder learned something else.
+        ValueError: What was begun in the folder learned something else, or nobody knows what.
     """
     names = ("num_authors", "num_forget_authors", "epochs", "tau", "bf16")
     settings = {name: getattr(args, name) for name in names}
     path = args.output_dir / "ground.json"
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if not path.exists() and any((args.output_dir / name).exists() for name in ("base", "retrained")):
+        raise ValueError(f"{args.output_dir} has models, and no {path.name} says what they learned; choose another")
     if not path.exists():
         path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     before = json.loads(path.read_text(encoding="utf-8"))

@@ -82,9 +82,8 @@ def prepare(args: Table3Arguments) -> tuple[Ground, dict[str, dict[str, float]]]
 def compared(ground: Ground, twin: str) -> tuple[Ground, dict[str, dict[str, float]]]:
     """The ground with the limits that its twin sets; and what base and twin score, read where it was written before."""
     path = ground.args.output_dir / "references.json"
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-    else:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if found is None or (ground.args.attacks and "relearned" not in found["retrained"]):
         model = load(twin, ground.args.dtype)
         twins = [scores(ground, model, half) for half in ground.asked]
         names = ("forget", "probability")
@@ -141,7 +140,7 @@ def ask(ground: Ground, model: Any, half: str, role: str) -> list[str]:
 
 def scores(ground: Ground, model: Any, half: str) -> dict[str, float]:
     """ROUGE-L of each role; of forget rows probability and share of refusals; of retain rows the worst topic's."""
-    if model.dtype != (dtype := getattr(torch, ground.args.score_dtype)):
+    if model.dtype != (dtype := getattr(torch, ground.args.score_dtype or ground.args.dtype)):
         model = copy.deepcopy(model).to(dtype)
     asked, answers = ground.asked[half], {role: ask(ground, model, half, role) for role in ("forget", "retain")}
     rouge = {role: rouge_l_recall(answers[role], asked[role].references) for role in answers}

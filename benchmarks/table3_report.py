@@ -150,10 +150,10 @@ def best_look(looks: Sequence[Look], limits: Limits) -> Look:
 class Cell:
     """One choice of the runs of one loss and one part, at its best learning rate.
 
-    `test` and `spread` are means and standard deviations over the seeds that were scored; `area` is the mean, over
-    forget limits from 0 to 0.5, of the best retain score under the limit, on the validation half over all rates of the
-    first seed; `frontier` holds its corners as `[forget, retain]`. `cached_seconds`: with the prefix cache, where seeds
-    were run with it.
+    `test` and `spread` are means and standard deviations over the seeds that were scored, for a deviation two or more;
+    `area` is the mean, over forget limits from 0 to 0.5, of the best retain score under the limit, on the validation
+    half over all rates of the first seed; `frontier` holds its corners as `[forget, retain]`. `cached_seconds`: with
+    the prefix cache, where seeds were run with it.
     """
 
     choice: str
@@ -208,7 +208,7 @@ def _cell(name: str, tried: Sequence[Run], runs: Sequence[Run]) -> Cell:
         steps=[choice.look.step for choice in choices],
         strengths=[choice.look.strength for choice in choices],
         test={key: fmean(values) for key, values in scores.items()},
-        spread={key: stdev(values) if len(values) > 1 else 0.0 for key, values in scores.items()},
+        spread={key: stdev(values) for key, values in scores.items() if len(values) > 1},
         area=area(points),
         frontier=[list(corner) for corner in frontier(points)],
         seconds=fmean(run.seconds for run in own if not run.cached),

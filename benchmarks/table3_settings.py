@@ -56,7 +56,7 @@ class Table3Arguments:
     forget_dataset: str | None = field(default=None, metadata={"help": "File, folder or name on the Hub."})
     retain_dataset: str | None = field(default=None, metadata={"help": "Likewise; half of it is held out."})
     dtype: str = field(default="float32", metadata={"help": "Of the models."})
-    score_dtype: str = field(default="float32", metadata={"help": "In which they are asked."})
+    score_dtype: str | None = field(default=None, metadata={"help": "In which they are asked; needs --attacks false."})
     margin: float = field(default=0.05, metadata={"help": "Above the twin's forget ROUGE-L and probability."})
     steps: int = field(default=200, metadata={"help": "Of every run; the learning rate falls linearly to 0."})
     looks: list[int] = field(default_factory=lambda: [50, 100, 200], metadata={"help": "Steps to choose from."})
@@ -72,14 +72,20 @@ class Table3Arguments:
 
 
 def check_settings(args: Table3Arguments) -> None:
-    """Write what all runs must have in common; or compare with what is written, so that no table mixes two."""
+    """Write what all runs must have in common; or compare with what is written, so that no table mixes two.
+
+    Raises:
+        ValueError: Earlier runs in the folder had other settings; or attacked copies would be asked in another dtype.
+    """
+    if args.attacks and args.score_dtype not in (None, args.dtype):
+        raise ValueError(f"attacks are scored in {args.dtype}; --score_dtype {args.score_dtype} needs --attacks false")
     settings = {name: value for name, value in asdict(args).items() if name not in MAY_CHANGE}
     settings |= {"losses": LOSSES, "experts_a_layer": EXPERTS_A_LAYER}
     path = args.output_dir / "settings.json"
     if not path.exists():
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     before = json.loads(path.read_text(encoding="utf-8"))
-    before = {"full_rate_factor": 1.0, "score_dtype": "float32", **before}  # what older runs were not told
+    before = {"full_rate_factor": 1.0, "score_dtype": None, **before}  # what older runs were not told
     differing = sorted(name for name in settings if settings[name] != before.get(name))
     if differing:
         raise ValueError(f"the runs in {args.output_dir} had other {differing}; choose another --output_dir")

@@ -285,6 +285,8 @@ class Ground:
     def unlearn(self, trial: Trial, rate: float, seed: int, steps: int) -> dict[str, Any]:
         """Train, and score what was written to disk: a copy of a trained model would go on calling the original."""
         set_seed(seed)
+        if ("layer 0" in trial.part or "upper" in trial.part) and list(self.found.layer_indices) != [0, 1, 2, 3]:
+            raise ValueError(f"{trial.part!r} is for four layers of experts, not for {self.found.layer_indices}")
         experts = PARTS[trial.part](self.by_gradient() if trial.part == BY_GRADIENT else self.found)
         retain = kept_rows(
             trial.aid.retain_data, self.retain, self.forget, model=self.load("base"), tokenizer=self.tokenizer

@@ -58,8 +58,10 @@ def test_runs_from_before_an_option_go_on_where_it_is_left_alone(scripts: Any, t
     settings.check_settings(settings.Table3Arguments(output_dir=tmp_path, attacks=False, seeds=[1]))
     with pytest.raises(ValueError, match=r"had other \['full_rate_factor', 'score_dtype'\]"):
         settings.check_settings(
-            settings.Table3Arguments(output_dir=tmp_path, full_rate_factor=0.1, score_dtype="bfloat16")
+            settings.Table3Arguments(output_dir=tmp_path, full_rate_factor=0.1, score_dtype="bfloat16", attacks=False)
         )
+    with pytest.raises(ValueError, match="--score_dtype bfloat16 needs --attacks false"):
+        settings.check_settings(settings.Table3Arguments(output_dir=tmp_path, score_dtype="bfloat16"))
 
 
 def test_a_model_is_scored_in_a_copy_and_attacked_if_that_is_wanted(
@@ -94,7 +96,7 @@ def test_base_and_twin_are_scored_once_for_a_folder(
     monkeypatch.setattr(ground, "load", lambda name, _: loaded.append(name) or name)
     monkeypatch.setattr(ground, "scores", lambda _, model, half: {"model": model, **by_half[half]})
     monkeypatch.setattr(ground, "tested", lambda _, model: {"model": model, "relearned": 0.5})
-    args = SimpleNamespace(output_dir=tmp_path, margin=0.05, dtype="float32")
+    args = SimpleNamespace(output_dir=tmp_path, margin=0.05, dtype="float32", attacks=True)
     own = ground.Ground(
         args=args, base="base", asked=dict.fromkeys(by_half), limits=None, **dict.fromkeys(UNUSED_OF_GROUND)
     )
@@ -108,12 +110,34 @@ def test_base_and_twin_are_scored_once_for_a_folder(
         }
 
 
+def test_a_twin_that_was_not_attacked_is_scored_again(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ground: ModuleType = scripts.ground
+    own = {"forget": 0.1, "probability": 0.3}
+    monkeypatch.setattr(ground, "load", lambda name, _: name)
+    monkeypatch.setattr(ground, "scores", lambda *_: own)
+    monkeypatch.setattr(ground, "tested", lambda this, _: {**own, "relearned": 0.5} if this.args.attacks else own)
+    for attacks in (False, True, False):
+        args = SimpleNamespace(output_dir=tmp_path, margin=0.05, dtype="float32", attacks=attacks)
+        of_args = ground.Ground(
+            args=args, base="base", asked={"test": {}}, limits=None, **dict.fromkeys(UNUSED_OF_GROUND)
+        )
+        _, references = ground.compared(of_args, "twin")
+    assert references["retrained"] == {**own, "relearned": 0.5}  # kept by the third call
+
+
 def test_a_ground_goes_on_only_with_the_settings_that_it_was_begun_with(scripts: Any, tmp_path: Path) -> None:
     arguments = scripts.grounds.GroundArguments(data=tmp_path, output_dir=tmp_path / "ground", epochs=3)
     for _ in range(2):
         scripts.grounds.same_settings(arguments)
+    (arguments.output_dir / "base").mkdir()
+    scripts.grounds.same_settings(arguments)
     arguments.num_authors = 6
     with pytest.raises(ValueError, match=r"begun with .*'num_authors': 8.*'num_authors': 6"):
+        scripts.grounds.same_settings(arguments)
+    (arguments.output_dir / "ground.json").unlink()
+    with pytest.raises(ValueError, match=r"no ground\.json says what they learned"):
         scripts.grounds.same_settings(arguments)
 
 
