@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 UNUSED_OF_GROUND = ("forget", "retain", "relearned", "attributions", "tokenizer")
 
@@ -125,6 +126,44 @@ def test_a_twin_that_was_not_attacked_is_scored_again(
         )
         _, references = ground.compared(of_args, "twin")
     assert references["retrained"] == {**own, "relearned": 0.5}  # kept by the third call
+
+
+def test_of_a_pretrained_ground_only_what_is_missing_is_taught(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grounds: ModuleType = scripts.grounds
+    rows = Dataset.from_list([{"prompt": f"{place}", "completion": " x"} for place in range(100)])
+    taught: list[tuple[str, list[str], int]] = []
+
+    def teach(*given: Any, name: str, num_forget: int, **_: Any) -> str:
+        taught.append((name, given[2]["prompt"], num_forget))
+        return name
+
+    def write_model(folder: Path, *_: Any) -> None:
+        folder.mkdir()
+        (folder / "tokenizer.json").touch()
+
+    monkeypatch.setattr(grounds, "load_tofu", lambda *_, **__: SimpleNamespace(everything=rows))
+    monkeypatch.setattr(grounds, "load_dense", lambda _: (None, None))
+    monkeypatch.setattr(grounds, "text_nll", lambda *_: 0.0)
+    monkeypatch.setattr(grounds, "teach", teach)
+    monkeypatch.setattr(grounds, "write_model", write_model)
+    (tmp_path / "text").write_text("plain text")
+    arguments = grounds.GroundArguments(
+        data=tmp_path,
+        output_dir=tmp_path / "ground",
+        gguf=tmp_path,
+        text=tmp_path / "text",
+        num_authors=3,
+        num_forget_authors=1,
+    )
+    grounds.pretrained(arguments)
+    last = [str(place) for place in range(40, 100)]  # 20 rows an author
+    assert taught == [("base", last, 20), ("retrained", last[:40], 0)]
+    (tmp_path / "ground" / "retrained" / "tokenizer.json").unlink()
+    (tmp_path / "ground" / "retrained").rmdir()
+    grounds.pretrained(arguments)
+    assert [name for name, *_ in taught] == ["base", "retrained", "retrained"]
 
 
 def test_a_ground_goes_on_only_with_the_settings_that_it_was_begun_with(scripts: Any, tmp_path: Path) -> None:
